@@ -1,0 +1,107 @@
+"""The command line: ``dpldm STAGE [--config FILE.toml] [--set section.key=value ...] [--dry-run]``.
+
+Heavy imports happen after the command line is parsed, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpldm_dist import __version__
+from dpldm_dist.errors import DpldmError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One sub-command: ``module:function`` and what the help says. ``workers``: it runs on them."""
+
+    function: str
+    summary: str
+    workers: bool = False
+
+
+COMMANDS = {
+    "demo": Command("dpldm_dist.demo:demo", "the whole pipeline on real digits, in minutes"),
+    "prepare": Command("dpldm_dist.stages.prepare:prepare", "images -> image shards"),
+    "encode": Command("dpldm_dist.stages.encode:encode", "image shards -> latent shards", True),
+    "pretrain": Command("dpldm_dist.stages.pretrain:pretrain", "public latents -> public model", True),
+    "finetune": Command(
+        "dpldm_dist.stages.finetune:finetune", "private latents -> private model and ledger", True
+    ),
+    "sample": Command("dpldm_dist.stages.sample:sample", "private model -> synthetic images", True),
+    "evaluate": Command("dpldm_dist.stages.evaluate:evaluate", "score synthetic images (not private)"),
+    "report": Command("dpldm_dist.stages.report:report", "the report that goes with a release"),
+    "plan": Command("dpldm_dist.stages.plan:plan", "what a config would cost; touches no data"),
+    "check": Command("dpldm_dist.stages.check:check", "test the machine, the disk and the workers"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit code: 0, or that of the error's kind."""
+    options = _parser().parse_args(arguments)
+    try:
+        _run(options)
+    except DpldmError as error:
+        print(f"dpldm {options.stage}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"dpldm {options.stage}: interrupted. Give the same command to go on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dpldm",
+        description="Private images -> a diffusion model and synthetic images with an"
+        " (epsilon, delta) differential-privacy guarantee.",
+        epilog="To resume, give the same command again.",
+    )
+    parser.add_argument("--version", action="version", version=f"dpldm_dist {__version__}")
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for name, command in COMMANDS.items():
+        stage = stages.add_parser(name, help=command.summary, description=command.summary)
+        stage.add_argument("--config", type=Path, metavar="FILE.toml", help="settings of the run")
+        stage.add_argument(
+            "--set", action="append", default=[], metavar="section.key=value", help="change one setting"
+        )
+        stage.add_argument(
+            "--dry-run", action="store_true", help="say what would be done; touch nothing"
+        )
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    from dpldm_dist.config import load_config
+
+    command = COMMANDS[options.stage]
+    config = load_config(options.config, options.set)
+    module = importlib.import_module(command.function.partition(":")[0])
+    if options.dry_run:
+        print("\n".join(module.describe(config)))
+        return
+    _perform(getattr(module, command.function.partition(":")[2]), config, workers=command.workers)
+
+
+def _perform(stage: Callable[..., Any], config: Any, *, workers: bool) -> None:
+    """Hold the run directory, show progress, and run the stage here or on its workers."""
+    from dpldm_dist.runtime.launch import Job, launch
+    from dpldm_dist.runtime.rundir import RunDir
+    from dpldm_dist.runtime.tracking import show_progress
+    from dpldm_dist.runtime.worker import solo_worker
+
+    run = RunDir(config.run.dir)
+    if stage.__module__.rpartition(".")[2] in ("plan", "check", "demo"):
+        stage(config, solo_worker())  # plan and check leave nothing; demo holds the run itself
+        return
+    with run.create().lock(), show_progress(run.progress):
+        if workers:
+            launch([Job(stage, config)], run=config.run)
+        else:
+            stage(config, solo_worker())

@@ -1,0 +1,1 @@
+"""Images in, WebDataset shards out and in, manifests."""

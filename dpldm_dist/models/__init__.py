@@ -1,0 +1,1 @@
+"""Networks, the per-record diffusion loss, samplers, and which parameters train."""

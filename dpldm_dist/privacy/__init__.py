@@ -1,0 +1,1 @@
+"""All of the differential-privacy mathematics: no Ray, no files but the ledger's, no config."""

@@ -1,0 +1,38 @@
+"""The only door from the privacy code to other workers: five operations, implemented in runtime/."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Collective(Protocol):
+    """A fixed group of workers. Every worker calls every operation, in the same order."""
+
+    rank: int
+    world_size: int
+
+    def sum_(self, tensor: Tensor) -> None:
+        """In place: the sum over workers, the same bits on all of them for integer tensors."""
+
+    def max_(self, tensor: Tensor) -> None:
+        """In place: the maximum over workers."""
+
+    def gather_slices_(self, tensor: Tensor, bounds: Sequence[int]) -> None:
+        """In place: worker r gives ``tensor[bounds[r]:bounds[r + 1]]``; then all have all slices."""
+
+    def broadcast_json(self, value: Any) -> Any:
+        """Worker 0's value, on every worker. Small and JSON-able; other workers' is ignored."""
+
+    def broadcast_bytes(self, payload: bytes | None) -> bytes:
+        """Worker 0's bytes, on every worker; never through a task argument or a store on disk."""
+
+    def barrier(self) -> None:
+        """Wait until every worker has come here."""
+
+
+def even_slices(length: int, parts: int) -> list[int]:
+    """Bounds of ``parts`` consecutive slices of 0..length whose sizes differ by at most one."""
+    return [length * part // parts for part in range(parts + 1)]

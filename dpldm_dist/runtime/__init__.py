@@ -1,0 +1,1 @@
+"""Processes and files of a run; knows nothing of what is being trained."""

@@ -1,0 +1,84 @@
+"""How workers talk: over a torch.distributed group, or alone. Implements privacy.Collective."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class SoloCollective:
+    """One worker: every sum is its own."""
+
+    rank = 0
+    world_size = 1
+
+    def sum_(self, tensor: Tensor) -> None:
+        pass
+
+    def max_(self, tensor: Tensor) -> None:
+        pass
+
+    def gather_slices_(self, tensor: Tensor, bounds: Sequence[int]) -> None:
+        pass
+
+    def broadcast_json(self, value: Any) -> Any:
+        return json.loads(json.dumps(value))
+
+    def broadcast_bytes(self, payload: bytes | None) -> bytes:
+        assert payload is not None
+        return payload
+
+    def barrier(self) -> None:
+        pass
+
+
+class GroupCollective:
+    """The default process group of torch.distributed (gloo on CPU, NCCL on GPU)."""
+
+    def __init__(self, device: torch.device):
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self._device = device
+
+    def sum_(self, tensor: Tensor) -> None:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+
+    def max_(self, tensor: Tensor) -> None:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+
+    def gather_slices_(self, tensor: Tensor, bounds: Sequence[int]) -> None:
+        widest = max(stop - start for start, stop in zip(bounds, bounds[1:], strict=False))
+        mine = tensor.new_zeros(widest)  # equal lengths, as every backend can gather them
+        start, stop = bounds[self.rank], bounds[self.rank + 1]
+        mine[: stop - start] = tensor[start:stop]
+        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(everyone, mine)
+        for rank, part in enumerate(everyone):
+            tensor[bounds[rank] : bounds[rank + 1]] = part[: bounds[rank + 1] - bounds[rank]]
+
+    def broadcast_json(self, value: Any) -> Any:
+        return json.loads(self.broadcast_bytes(json.dumps(value).encode()))
+
+    def broadcast_bytes(self, payload: bytes | None) -> bytes:
+        """Two broadcasts: the length, then the bytes. Memory of the buffers is cleared after use."""
+        length = torch.tensor([len(payload or b"")], dtype=torch.int64, device=self._device)
+        dist.broadcast(length, src=0)
+        buffer = torch.zeros(int(length), dtype=torch.uint8, device=self._device)
+        if self.rank == 0 and payload:
+            buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        if int(length):
+            dist.broadcast(buffer, src=0)
+        received = buffer.cpu().numpy().tobytes()
+        buffer.zero_()
+        return received
+
+    def barrier(self) -> None:
+        token = torch.zeros(1, device=self._device)
+        dist.all_reduce(token)
+        if token.item() != 0:  # reading it waits for the reduction on every backend
+            raise AssertionError("a sum of zeros is not zero")

@@ -1,0 +1,61 @@
+"""The distributed Gaussian mechanism on real processes, and the planted bugs it must catch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dpldm_dist.errors import PrivacyError
+from dpldm_dist.privacy.collective import even_slices
+from dpldm_dist.privacy.optimizer import NoisySum
+from dpldm_dist.runtime.collective import SoloCollective
+from tests.privacy.mechanism_checks import CHECKS, PLANTED_BUGS, outcomes
+from tests.processes import on_workers
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_promise_holds_for_any_number_of_workers(world_size):
+    wanted = [(None, check) for check in CHECKS]
+    for rank, said in enumerate(on_workers(world_size, outcomes, wanted)):
+        for check, text in zip(CHECKS, said, strict=True):
+            assert text == "", f"rank {rank}, {check}: {text}"
+
+
+def test_every_planted_bug_is_caught_on_two_workers():
+    wanted = [(bug, check) for bug, (_, check) in PLANTED_BUGS.items()]
+    by_rank = on_workers(2, outcomes, wanted)
+    for index, bug in enumerate(PLANTED_BUGS):
+        assert any(said[index] for said in by_rank), f"not caught: {bug}"
+
+
+def test_the_release_is_bit_identical_for_1_2_and_3_workers():
+    first, *others = (on_workers(world, released_total)[0] for world in (1, 2, 3))
+    for other in others:
+        assert torch.equal(first, other)
+
+
+def released_total(collective):
+    parts = torch.arange(6)[:, None] * torch.ones(70_000, dtype=torch.int64)
+    mine = parts[collective.rank :: collective.world_size].sum(0)
+    mechanism = NoisySum(bytes(32), attempt=0, std=2.0**30, collective=collective)
+    return mechanism.release(mine, purpose="noise", step=0)
+
+
+@pytest.mark.parametrize("std", [0.0, 1.0, -5.0, float("nan"), float("inf")])
+def test_noise_too_small_for_the_grid_is_refused(std):
+    with pytest.raises(PrivacyError, match="grid units"):
+        NoisySum(bytes(32), attempt=0, std=std, collective=SoloCollective())
+
+
+def test_a_sum_that_is_not_integer_is_refused():
+    mechanism = NoisySum(bytes(32), attempt=0, std=2.0**30, collective=SoloCollective())
+    with pytest.raises(PrivacyError, match="int64"):
+        mechanism.release(torch.zeros(3), purpose="noise", step=0)
+
+
+def test_slices_tile_every_length():
+    for length in (0, 1, 5, 100):
+        for parts in (1, 2, 3, 7):
+            bounds = even_slices(length, parts)
+            assert bounds[0] == 0 and bounds[-1] == length and len(bounds) == parts + 1
+            assert bounds == sorted(bounds)

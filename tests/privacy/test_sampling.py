@@ -1,0 +1,123 @@
+"""Exact Poisson sampling over shards."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from dpldm_dist.errors import PrivacyError
+from dpldm_dist.privacy.randomness import new_key
+from dpldm_dist.privacy.sampling import RATE_BITS, Lanes, PoissonSampling, _below, dyadic_rate
+
+KEY = bytes(range(32))
+
+
+def selected(sampling: PoissonSampling, steps: int, shard: int, records: int) -> np.ndarray:
+    """Membership table, bool (steps, records)."""
+    table = np.zeros((steps, records), dtype=bool)
+    for step in range(steps):
+        table[step, sampling.select(step, shard, records)] = True
+    return table
+
+
+def test_the_rate_is_rounded_up_to_a_multiple_of_two_to_the_minus_40():
+    for rate in (0.1, 1 / 3, 1e-9, 1.0):
+        exact = dyadic_rate(rate)
+        assert rate <= exact <= rate + 2.0**-RATE_BITS
+        assert exact * 2**RATE_BITS == int(exact * 2**RATE_BITS)
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, 1.5, math.nan, math.inf])
+def test_an_impossible_rate_is_refused(rate):
+    with pytest.raises(PrivacyError):
+        dyadic_rate(rate)
+
+
+def test_the_byte_wise_coin_equals_a_comparison_of_whole_numbers(monkeypatch):
+    streams = np.random.default_rng(0).integers(0, 256, (5, 4000), dtype=np.uint8)
+    streams[:3, :2000] = [[17], [0], [255]]  # many coins that stay open for several bytes
+
+    served = {}
+
+    def fixed_keystream(key, length, *, stream=0):
+        served[stream] = streams[stream][:length]
+        return served[stream]
+
+    monkeypatch.setattr("dpldm_dist.privacy.sampling.keystream", fixed_keystream)
+    threshold = int.from_bytes(bytes([17, 0, 255, 128, 3]), "big")
+    chosen = set(_below(KEY, 4000, threshold).tolist())
+    open_places, numbers = np.arange(4000), np.zeros(4000, dtype=np.uint64)
+    for depth, digit in enumerate(threshold.to_bytes(5, "big")):
+        byte = streams[depth][: len(open_places)]
+        numbers[open_places] |= byte.astype(np.uint64) << np.uint64(8 * (4 - depth))
+        open_places = open_places[byte == digit]
+    # a coin that was decided early compares the same whatever its later bytes are
+    assert chosen == set(np.flatnonzero(numbers < threshold).tolist())
+
+
+def test_poisson_law_mean_variance_and_independence_within_and_across():
+    rate, steps, records = dyadic_rate(0.05), 4000, 300
+    sampling = PoissonSampling(new_key(), attempt=0, sample_rate=rate)
+    a, b = selected(sampling, steps, 0, records), selected(sampling, steps, 1, records)
+    mean, variance = rate, rate * (1 - rate)
+    for table in (a, b):
+        share = table.mean(0)
+        z = (share - mean) / math.sqrt(variance / steps)
+        assert np.abs(z).max() < 5.2  # 300 records
+        assert abs(z.std() - 1) < 4 / math.sqrt(2 * records)
+        sizes = table.sum(1)
+        assert abs(sizes.mean() - records * mean) < 5 * math.sqrt(records * variance / steps)
+        assert abs(sizes.var() / (records * variance) - 1) < 5 * math.sqrt(2 / steps)
+        centred = table - mean
+        pairs = centred.T @ centred / (steps * variance)
+        np.fill_diagonal(pairs, 0)
+        assert np.abs(pairs).max() < 6.5 / math.sqrt(steps)  # within a shard, 45,000 pairs
+    across = (a - mean).T @ (b - mean) / (steps * variance)
+    assert np.abs(across).max() < 6.5 / math.sqrt(steps)
+    later = ((a[:-1] - mean) * (a[1:] - mean)).mean() / variance
+    assert abs(later) < 5 / math.sqrt(steps * records)
+    sizes_a, sizes_b = a.sum(1) - a.sum(1).mean(), b.sum(1) - b.sum(1).mean()
+    assert abs((sizes_a * sizes_b).mean() / (records * variance)) < 5 / math.sqrt(steps)
+
+
+def test_steps_attempts_and_shards_draw_differently():
+    rate = dyadic_rate(0.5)
+    first = PoissonSampling(KEY, attempt=0, sample_rate=rate)
+    again = PoissonSampling(KEY, attempt=1, sample_rate=rate)
+    draws = [first.select(0, 0, 200), first.select(1, 0, 200), first.select(0, 1, 200), again.select(0, 0, 200)]
+    assert len({tuple(d) for d in draws}) == 4
+
+
+def test_rate_one_takes_every_record_and_an_empty_shard_none():
+    everyone = PoissonSampling(KEY, attempt=0, sample_rate=1.0)
+    assert everyone.select(3, 0, 10).tolist() == list(range(10))
+    few = PoissonSampling(KEY, attempt=0, sample_rate=dyadic_rate(1e-12))
+    assert few.select(0, 0, 1000).tolist() == []
+    assert few.select(0, 0, 0).tolist() == []
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 9])
+def test_the_batch_and_its_microbatches_do_not_depend_on_the_number_of_workers(world_size):
+    shard_records = [40, 7, 0, 93, 60, 60, 1]
+    sampling = PoissonSampling(KEY, attempt=0, sample_rate=dyadic_rate(0.3))
+    lanes = Lanes(shard_records, lanes=4, cap=1000, microbatch=16)
+
+    def batch(workers: int) -> list[tuple[int, ...]]:
+        return sorted(
+            tuple(part.ids.tolist())
+            for rank in range(workers)
+            for lane in lanes.of_worker(rank, workers)
+            for part in lanes.microbatches(sampling, 5, lane)
+        )
+
+    assert batch(world_size) == batch(1)
+    owners = [s for rank in range(world_size) for s in lanes.shards_of_worker(rank, world_size)]
+    assert sorted(owners) == list(range(len(shard_records)))
+
+
+def test_no_more_than_the_cap_of_a_lane_enters_a_step():
+    sampling = PoissonSampling(KEY, attempt=0, sample_rate=1.0)
+    lanes = Lanes([100, 100], lanes=1, cap=33, microbatch=16)
+    assert [len(part.ids) for part in lanes.microbatches(sampling, 0, 0)] == [16, 16, 1]

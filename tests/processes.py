@@ -1,0 +1,74 @@
+"""Run a function on a real gloo group of processes and collect what each returns."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import queue
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dpldm_dist.runtime.collective import GroupCollective, SoloCollective
+
+
+def on_workers(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """``function(collective, *arguments)`` on each of ``world_size`` processes; results by rank.
+
+    An exception of a process is returned in its place as ``(class name, message)``.
+    """
+    if world_size == 1:
+        return [_outcome(function, SoloCollective(), arguments)]
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        workers = [
+            context.Process(
+                target=_work,
+                args=(rank, world_size, str(Path(folder) / "store"), function, arguments, results),
+            )
+            for rank in range(world_size)
+        ]
+        for worker in workers:
+            worker.start()
+        found = dict(_next(results, workers) for _ in workers)
+        for worker in workers:
+            worker.join(timeout=60)
+            assert worker.exitcode == 0
+    return [found[rank] for rank in range(world_size)]
+
+
+def _next(results: Any, workers: list[Any]) -> tuple[int, Any]:
+    """The next result; a process that died without one fails the test at once."""
+    for _ in range(1200):
+        try:
+            return results.get(timeout=0.1)
+        except queue.Empty:
+            dead = [w.exitcode for w in workers if w.exitcode not in (None, 0)]
+            assert not dead, f"a worker died with exit code {dead[0]}"
+    raise AssertionError("no result within 120 s")
+
+
+def _work(rank: int, world_size: int, store: str, function: Any, arguments: Any, results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    results.put((rank, _outcome(function, GroupCollective(torch.device("cpu")), arguments)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _outcome(function: Any, collective: Any, arguments: Any) -> Any:
+    try:
+        return function(collective, *arguments)
+    except Exception as error:
+        return type(error).__name__, str(error)
