@@ -1,0 +1,154 @@
+"""What a folder of artifacts holds: facts, sha256 of every file, the config, the parents.
+
+``manifest.json`` is canonical JSON (sorted keys, no spaces) and carries its own sha256, so that a
+damaged one is noticed. It is written last: a folder without it is unfinished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dpldm_dist.data.files import describe_file, read_file, write_file
+from dpldm_dist.errors import DataError
+
+MANIFEST = "manifest.json"
+KINDS = ("images", "latents", "autoencoder", "model", "samples", "evaluation", "report")
+_MOST_BYTES = 1 << 30  # nobody's manifest is larger; bounds what a hostile file can make us read
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Facts of one finished folder.
+
+    kind: what it holds, one of ``KINDS``. facts: counts and shapes, JSON values.
+    files: name relative to the folder -> {"bytes", "sha256"}. config: the settings that made it.
+    parents: name -> digest of the manifests that it was made from.
+    """
+
+    kind: str
+    facts: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    config: dict[str, Any] = field(default_factory=dict)
+    parents: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256, in hex, of the canonical JSON of all fields."""
+        return hashlib.sha256(canonical_json(asdict(self))).hexdigest()
+
+    def write(self, folder: Path, *, private: bool = False) -> None:
+        """Write ``folder/manifest.json``, whole or not at all. Raises: RunError, DataError."""
+        if self.kind not in KINDS:
+            raise DataError(
+                f"A manifest of kind {self.kind!r}: expected one of {', '.join(KINDS)}."
+            )
+        payload = canonical_json({**asdict(self), "sha256": self.digest}) + b"\n"
+        write_file(Path(folder) / MANIFEST, payload, private=private)
+
+    @staticmethod
+    def read(folder: Path, kind: str | None = None) -> Manifest:
+        """The manifest of ``folder``; ``kind`` None takes any kind.
+
+        Raises: DataError if it is missing, damaged or of another kind.
+        """
+        path = Path(folder) / MANIFEST
+        if not path.is_file():
+            what = kind or "files"
+            raise DataError(f"{path} is missing: expected finished {what} there. Make them first.")
+        manifest = _parse(path, read_file(path, most_bytes=_MOST_BYTES))
+        if kind is not None and manifest.kind != kind:
+            raise DataError(
+                f"{path} describes {manifest.kind}, expected {kind}: give another folder."
+            )
+        return manifest
+
+    def verify(
+        self, folder: Path, names: Iterable[str] | None = None, *, contents: bool = True
+    ) -> None:
+        """Compare files (all, or ``names``) with the manifest; without ``contents``, sizes only.
+
+        Raises: DataError with the name of the first file that is missing or differs.
+        """
+        for name in self.files if names is None else names:
+            verify_file(Path(folder) / name, self.file(name), contents=contents)
+
+    def file(self, name: str) -> dict[str, Any]:
+        """``{"bytes", "sha256"}`` of a file. Raises: DataError if the manifest does not list it."""
+        if name not in self.files:
+            raise DataError(f"{name} is not listed in the manifest of the {self.kind}.")
+        return self.files[name]
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one JSON text of a value: sorted keys, no spaces, ASCII, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """name -> {"bytes", "sha256"} for files of ``folder``. Raises: DataError."""
+    return {name: describe_file(Path(folder) / name) for name in sorted(names)}
+
+
+def verify_file(path: Path, expected: dict[str, Any], *, contents: bool = True) -> None:
+    """Stop if ``path`` is not the file that was described. Raises: DataError with its name, without
+    its size, which would tell the number of records.
+    """
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise DataError(f"{path} is missing: restore it, or make it again.") from None
+    if size != expected["bytes"]:
+        raise DataError(
+            f"{path} is damaged: expected sha256 {expected['sha256'][:16]}.., found a file of "
+            "another size. Restore it, or make it again."
+        )
+    if not contents:
+        return
+    sha256 = describe_file(path)["sha256"]
+    if sha256 != expected["sha256"]:
+        raise DataError(
+            f"{path} is damaged: expected sha256 {expected['sha256'][:16]}.., found {sha256[:16]}"
+            ".. Restore it, or make it again."
+        )
+
+
+def _parse(path: Path, payload: bytes) -> Manifest:
+    try:
+        tree = json.loads(payload)
+        claimed = tree.pop("sha256")
+        manifest = Manifest(**tree)
+        sound = manifest.digest == claimed
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise DataError(f"{path} is not a manifest: restore it, or make it again.") from None
+    if not sound:
+        raise DataError(
+            f"{path} is damaged: expected sha256 {str(claimed)[:16]}.., "
+            f"found {manifest.digest[:16]}.. Restore it, or make it again."
+        )
+    if not _well_formed(manifest):
+        raise DataError(f"{path} is not a manifest of this package: make it again.")
+    return manifest
+
+
+def _well_formed(manifest: Manifest) -> bool:
+    sections = (manifest.facts, manifest.files, manifest.config, manifest.parents)
+    if not isinstance(manifest.kind, str) or not all(isinstance(part, dict) for part in sections):
+        return False
+    return all(
+        _stays_inside(name)
+        and isinstance(entry, dict)
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("sha256"), str)
+        for name, entry in manifest.files.items()
+    )
+
+
+def _stays_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
