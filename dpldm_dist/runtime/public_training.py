@@ -1,0 +1,209 @@
+"""One loop for training on *public* data: optimizer, schedule, average, checkpoints, progress.
+
+``finetune`` never uses this module: here gradients are averaged over workers and losses are shown.
+Shapes: B rows of this worker.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpldm_dist.config import RunConfig
+from dpldm_dist.errors import ConfigError, RunError
+from dpldm_dist.models.ema import EMA
+from dpldm_dist.runtime.checkpoint import Checkpoints
+from dpldm_dist.runtime.rundir import RunDir
+from dpldm_dist.runtime.strategy import replicate
+from dpldm_dist.runtime.tracking import Progress, Tracker
+from dpldm_dist.runtime.worker import Worker
+
+LEG_STEPS = 200
+"""Steps between checkpoints. Data that is streamed is ordered anew for each leg, so that a resumed
+training sees what an unbroken one would have seen."""
+
+
+class PublicTraining:
+    """AdamW with warm-up and cosine decay, clipped gradients, an average of the weights.
+
+    ``objective`` answers losses of rows. Every step's loss is divided by the rows of all workers,
+    so that their number does not change the update beyond rounding. A new object goes on from the
+    last checkpoint in ``public/checkpoints/<what>``.
+    Raises: RunError if that checkpoint was made with other ``settings``.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        *,
+        what: str,
+        steps: int,
+        batch: int,
+        learning_rate: float,
+        weight_decay: float,
+        ema_decay: float,
+        settings: dict[str, Any],
+        run: RunConfig,
+        worker: Worker,
+    ):
+        if batch < worker.world_size:
+            raise ConfigError(
+                f"The batch of the {what} is {batch}: expected at least one row for each of "
+                f"{worker.world_size} workers."
+            )
+        self.what, self.steps, self.batch = what, steps, batch
+        self._worker = worker
+        self._settings = settings
+        self.module = replicate(objective, worker, run=run)
+        self._parameters = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+        self._optimizer = torch.optim.AdamW(
+            self._parameters.values(),
+            learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=weight_decay,
+            fused=worker.device.type == "cpu",  # one kernel for all parameters
+        )
+        self._learning_rate = learning_rate
+        self._ema = EMA(self._parameters, ema_decay)
+        directory, folder = RunDir(run.dir), what.replace(" ", "-")
+        self._checkpoints = Checkpoints(checkpoint_folder(directory, what), keep=1)
+        self.step = self._restore(checkpoint_folder(directory, what))
+        self._progress = Progress(directory.progress, worker=worker)
+        self._tracker = Tracker(directory.tensorboard / folder, worker, start_step=self.step)
+        self._progress.start(f"training the {what}", steps, step=self.step)
+
+    @property
+    def my_rows(self) -> slice:
+        """This worker's rows of a batch over all workers."""
+        rank, world_size = self._worker.rank, self._worker.world_size
+        return slice(self.batch * rank // world_size, self.batch * (rank + 1) // world_size)
+
+    def legs(self) -> Iterator[tuple[int, int]]:
+        """(number, steps) of the legs that are left; a checkpoint is written after each."""
+        while self.step < self.steps:
+            yield self.step // LEG_STEPS, min(LEG_STEPS, self.steps - self.step)
+            self._save()
+
+    def update(self, loss_B: Tensor, shown_B: Tensor) -> None:
+        """One step from this worker's rows; the mean of ``shown_B`` is what is shown.
+
+        Raises: RunError if the training diverged.
+        """
+        # Replicas average gradients over workers: this makes it the mean over the whole batch.
+        (loss_B.sum() * (self._worker.world_size / self.batch)).backward()
+        nn.utils.clip_grad_norm_(self._parameters.values(), 1.0)
+        rate = self._learning_rate * rate_factor(self.step, self.steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._ema.update()
+        self.step += 1
+        self._show(shown_B, rate)
+
+    def finish(self) -> None:
+        """Put the averaged weights into the model and close the books."""
+        self._ema.copy_to()
+        self._progress.done()
+        self._tracker.close()
+
+    def _show(self, shown_B: Tensor, rate: float) -> None:
+        if self.step % 10 and self.step != self.steps:
+            return self._progress.advance(self.step)
+        loss = float(shown_B.detach().mean())
+        if not math.isfinite(loss):
+            raise RunError(
+                f"The training of the {self.what} diverged at step {self.step}: lower its "
+                "learning_rate and use a new run.dir."
+            )
+        self._progress.advance(self.step, public_loss=loss)
+        self._tracker.scalar(f"public/{self.what} loss".replace(" ", "_"), loss, self.step)
+        self._tracker.scalar("optimizer/learning_rate", rate, self.step)
+
+    def _save(self) -> None:
+        if self._worker.rank == 0:
+            tensors = {f"parameter/{name}": p.detach() for name, p in self._parameters.items()}
+            tensors |= {f"ema/{name}": value for name, value in self._ema.state().items()}
+            for name, p in self._parameters.items():
+                for slot, value in self._optimizer.state[p].items():
+                    tensors[f"optimizer/{name}/{slot}"] = torch.as_tensor(value)
+            self._checkpoints.save(self.step, tensors, {"settings": self._settings})
+        self._worker.collective.barrier()
+
+    @torch.no_grad()
+    def _restore(self, folder: Path) -> int:
+        saved = self._checkpoints.latest()
+        if saved is None:
+            return 0
+        refuse_other_settings(saved.facts["settings"], self._settings, folder)
+        for name, p in self._parameters.items():
+            p.copy_(saved.tensors[f"parameter/{name}"])
+            prefix = f"optimizer/{name}/"
+            self._optimizer.state[p] = {
+                slot.removeprefix(prefix): value.to(p.device) if value.dim() else value
+                for slot, value in saved.tensors.items()
+                if slot.startswith(prefix)
+            }
+        averages = {n: v for n, v in saved.tensors.items() if n.startswith("ema/")}
+        self._ema.load({name.removeprefix("ema/"): value for name, value in averages.items()})
+        return saved.step
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """Linear warm-up over the first 50 steps (or a twentieth), then half a cosine to zero."""
+    warm_up = max(1, min(50, steps // 20))
+    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def checkpoint_folder(run: RunDir, what: str) -> Path:
+    """Where the checkpoints of a public training lie."""
+    return run.public / "checkpoints" / what.replace(" ", "-")
+
+
+def remove_checkpoints(run: RunDir, what: str) -> None:
+    """Remove what a finished training no longer needs."""
+    shutil.rmtree(checkpoint_folder(run, what), ignore_errors=True)
+
+
+def shuffled(total: int, start: int, count: int) -> np.ndarray:
+    """Numbers int64 (count,) in [0, total): positions ``start`` and on of endless shuffled passes.
+
+    A function of its arguments alone, so that neither a restart nor the number of workers changes
+    the order of public data.
+    """
+    positions = np.arange(start, start + count)
+    numbers = np.empty(count, dtype=np.int64)
+    for epoch in np.unique(positions // total):
+        inside = positions // total == epoch
+        numbers[inside] = _order(total, int(epoch))[positions[inside] % total]
+    return numbers
+
+
+@lru_cache(maxsize=2)
+def _order(total: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((0, epoch)).permutation(total)
+
+
+def step_generator(purpose: int, step: int) -> torch.Generator:
+    """Public randomness of one step: a resumed training draws what an unbroken one draws."""
+    return torch.Generator().manual_seed((purpose << 40) + step)
+
+
+def refuse_other_settings(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    """Raises: RunError naming the first setting (section.name) that differs."""
+    for section, fields in wanted.items():
+        for name, value in fields.items():
+            old = found.get(section, {}).get(name)
+            if old != value:
+                raise RunError(
+                    f"{folder} was made with {section}.{name} = {old}, this config says {value}: "
+                    "restore the option, or use a new run.dir."
+                )
