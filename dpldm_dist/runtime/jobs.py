@@ -10,8 +10,8 @@ import importlib
 import json
 import os
 import socket
-import time
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,0 +1,749 @@
+"""Sum of clipped per-record gradients by book-keeping: one forward and one backward pass.
+
+Each trainable layer is tapped: its input and its output's gradient are kept, and autograd computes
+no weight gradient at all. Norms of all records come from those operands, by the cheaper of two
+forms; then the clipped sum is one weighted contraction per layer (Li et al. 2022, arXiv 2110.05679;
+Bu et al. 2023, arXiv 2210.00038).
+
+Shapes: B records of a microbatch, K draws of each, R = B * K rows (record-major), T tokens of a
+record in a layer (its draws count as tokens), D and O widths of a layer's input and output,
+P trainable parameters, flattened in a fixed order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpldm_dist.errors import PrivacyError
+
+Kind = Literal["linear", "conv", "group_norm", "layer_norm", "embedding"]
+
+_KINDS: dict[type[nn.Module], Kind] = {
+    nn.Linear: "linear",
+    nn.Conv2d: "conv",
+    nn.GroupNorm: "group_norm",
+    nn.LayerNorm: "layer_norm",
+    nn.Embedding: "embedding",
+}
+Precision = Literal["float64", "float32"]
+
+_UNIT = 2.0**-24  # rounding of float32
+_CHUNK = 64  # tokens that are summed in float32 before float64 takes over
+_MOST_TOKENS = 4096  # of a record, for layers whose operands enter a contraction
+_LEAST_RATIO = {"float64": 2.0**-8, "float32": 2.0**-3}  # of a norm to its Cauchy bound
+_MOST_UNITS = 2.0**40  # clip_norm in grid units: float64 rounds sums of a microbatch exactly
+_LARGEST_SQUARE = float(torch.finfo(torch.float32).max)
+_STACKED_NUMBERS = 2**20  # Gram matrices handled by one operation
+
+
+def accumulation_error(
+    *, records: int, clip_norm: float, precision: Precision = "float64"
+) -> float:
+    """Bound on the L2 distance between a microbatch's computed sum and the exact sum of its clipped
+    gradients, before rounding to the grid. Unit of ``clip_norm``; public numbers only.
+
+    Derivation. In a layer, record b is G_b = sum_t g_bt a_bt^T, entering with factor c_b. Sums of n
+    products in any order, fused or not, are off by at most gamma_n = n u / (1 - n u) times the sum
+    of absolute terms (Higham 2002, section 3.1). In Frobenius norm this is gamma sum_b c_b A_b with
+    the Cauchy bound A_b = sum_t |g_bt| |a_bt|, and over all layers A_b is the root of the sum of
+    squares. Norms count as at least a share r of the computed A_b, so c_b A_b <= 1.1 clip_norm / r;
+    1.1 covers the float32 rounding of A_b. Per record the bound is 1.1 gamma clip_norm / r.
+
+    - "float64": u = 2^-53, r = 2^-8, n = 4096 records + 8. A layer with more tokens in a record
+      first forms G_b itself, which then is the stored operand, with A_b = |G_b| and n = records.
+    - "float32": chunks of 64 tokens in float32 add u = 2^-24, n = 67 (64 sums, the rounding of c_b,
+      of c_b g_bt and one to spare), r = 2^-3. Products below 2^-126 may be flushed to zero; since
+      |a_bt| < 2^64 where a record counts, that is less than 2^-50 per token for O < 2^24.
+    """
+    tokens = records * _MOST_TOKENS + 8
+    per_record = 1.1 * tokens * 2.0**-53 * clip_norm / _LEAST_RATIO[precision]
+    if precision == "float32":
+        per_record += 1.12 * (_CHUNK + 3) * _UNIT * clip_norm / _LEAST_RATIO[precision]
+        per_record += _MOST_TOKENS * 2.0**-50
+    return records * per_record
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A module with trainable parameters, and where they lie among the P."""
+
+    name: str
+    module: nn.Module
+    kind: Kind
+    weight: slice | None
+    bias: slice | None
+
+
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """What a layer's gradients are made of: ``grad_BTO`` and ``input_BTD`` (embedding: (B, T))."""
+
+    layer: _Layer
+    input: Tensor
+    grad_BTO: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Products:
+    """A layer's per-record gradients themselves, float32: (B, weights), (B, biases) or None."""
+
+    layer: _Layer
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class RecordNorms:
+    """Of each record over all layers, float64 (B,): the computed squared norm, a bound on how far
+    the exact one can lie above it, and the square of the Cauchy bound on absolute sums."""
+
+    square_B: Tensor
+    slack_B: Tensor
+    absolute_square_B: Tensor
+
+
+class PerRecordGradients:
+    """Clips each record's gradient and adds it to an integer sum.
+
+    The gradient of a record is that of the mean of its K rows' losses with respect to
+    ``parameters``; all layers share one L2 norm. ``grid`` is the unit of the sum, a power of two.
+    ``precision`` is that of the sum over a microbatch: "float32" is faster where float64 is slow,
+    and has the larger ``accumulation_error``. It is part of the mechanism: a run keeps its value.
+    Kinds of layers: Linear, Conv2d without groups, GroupNorm, LayerNorm, Embedding, their biases;
+    so adapters of peft, too.
+
+    Formal guarantees: exact per-record gradients of the stored operands are scaled to norm at most
+    ``clip_norm``; a microbatch's sum is off the exact sum of those by at most
+    ``accumulation_error`` and half a unit of the grid per coordinate. A masked record, and one
+    whose squared norm is not a finite float32, contributes exactly zero and changes no bit of what
+    the others contribute. A parameter that two modules share, or a module that runs twice in a
+    pass, is refused; parameters that are used without their module are refused by ``verify``.
+    What is assumed: rows of the model do not mix (batch norm is refused), and a row's numbers do
+    not depend on its place in a microbatch of fixed shape.
+
+    Raises: PrivacyError naming the module or parameter that cannot be handled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        clip_norm: float,
+        draws: int,
+        grid: float,
+        precision: Precision = "float64",
+    ):
+        _check_numbers(clip_norm=clip_norm, draws=draws, grid=grid)
+        self._model = model
+        self._parameters = dict(parameters)
+        self._clip_norm = clip_norm
+        self._draws = draws
+        self._grid = grid
+        self._places = _places(self._parameters)
+        self._layers = find_layers(model, self._parameters, self._places)
+        self._device = next(iter(self._parameters.values())).device
+        self._least_ratio = _LEAST_RATIO[precision]
+        self._scratch = _Scratch(getattr(torch, precision), self._device)
+        self._sum_P = self._zeros(torch.int64)
+        self._records = 0
+
+    def add(self, losses: Callable[[], Tensor], mask_B: Tensor) -> None:
+        """Add the clipped gradients of one microbatch.
+
+        ``losses`` runs the forward pass and returns the loss of every row, (B * K,), record-major;
+        ``mask_B`` (bool) is False for padding. Parameters and ``.grad`` are left as they were.
+        """
+        self._count(len(mask_B))
+        terms = self._differentiate(losses, mask_B)
+        with _plain_arithmetic(self._device):
+            norms = record_norms(terms, mask_B)
+            factor_B = clip_factors(
+                norms, mask_B, clip_norm=self._clip_norm, least_ratio=self._least_ratio
+            )
+            weighted_sum(terms, factor_B, self._scratch, self._add_rounded)
+
+    def take_sum(self) -> Tensor:
+        """The sum in units of ``grid``, int64 (P,); the next one starts from zero."""
+        taken_P, self._sum_P, self._records = self._sum_P, self._zeros(torch.int64), 0
+        return taken_P
+
+    def verify(
+        self, losses: Callable[[], Tensor], mask_B: Tensor, *, tolerance: float = 1e-3
+    ) -> None:
+        """Refuse a model whose unclipped per-record gradients do not add up to autograd's gradient.
+
+        That is so when a trainable parameter is used without calling its module, as in
+        ``F.linear(x, layer.weight)``. To be called once, on public data, before the first ``add``;
+        ``losses`` must give the same result each time. ``tolerance`` is relative to a parameter's
+        gradient; take 0.03 under bf16 autocast. Nothing is added to the sum.
+        Raises: PrivacyError naming the parameter.
+        """
+        ours_P = self._zeros(torch.float64)
+        with _same_dropout():
+            terms = self._differentiate(losses, mask_B)
+        with _plain_arithmetic(self._device):
+            weights_B = mask_B.to(self._device, torch.float64)
+            weighted_sum(terms, weights_B, self._scratch, ours_P.__setitem__)
+        with _same_dropout():
+            theirs_P = self._autograd(losses, mask_B)
+        floor = 1e-3 * tolerance * float(theirs_P.norm())
+        for name, place in self._places.items():
+            off = float((ours_P[place] - theirs_P[place]).norm())
+            if not off <= tolerance * float(theirs_P[place].norm()) + floor:
+                raise PrivacyError(
+                    f"Per-record gradients of {name} do not add up to its gradient: expected each "
+                    "parameter to be used only by calling its own module, once per forward pass. "
+                    "Freeze it, or call the module instead of using its weight."
+                )
+
+    def _add_rounded(self, place: slice, values: Tensor) -> None:
+        """Round to the grid and add: sums of integers do not depend on their order."""
+        self._sum_P[place] += values.mul_(1.0 / self._grid).round_().to(torch.int64)
+
+    def _differentiate(
+        self, losses: Callable[[], Tensor], mask_B: Tensor
+    ) -> list[Operands | Products]:
+        """Operands or products of every layer that the losses depend on; backward stops below."""
+        tape = _Tape(records=len(mask_B), draws=self._draws, device=self._device)
+        with _trainable(self._model, ()), tape.tapping(self._layers):
+            with torch.enable_grad():
+                loss_R = _rows(losses(), tape.rows)
+            if not loss_R.requires_grad:
+                raise PrivacyError(
+                    "The losses do not depend on any trainable layer: expected a forward pass "
+                    "through the model with autograd on."
+                )
+            loss_R.backward(self._seed(loss_R, mask_B))
+        return tape.terms
+
+    def _autograd(self, losses: Callable[[], Tensor], mask_B: Tensor) -> Tensor:
+        """Gradient of the sum over records by autograd alone, float64 (P,)."""
+        learning = list(self._parameters.values())
+        with _trainable(self._model, learning), torch.enable_grad():
+            loss_R = _rows(losses(), len(mask_B) * self._draws)
+            seed_R = self._seed(loss_R, mask_B)
+            found = torch.autograd.grad(loss_R, learning, seed_R, allow_unused=True)
+        pairs = zip(found, learning, strict=True)
+        return torch.cat(
+            [(torch.zeros_like(p) if g is None else g).flatten().double() for g, p in pairs]
+        )
+
+    def _seed(self, loss_R: Tensor, mask_B: Tensor) -> Tensor:
+        """What backward starts from: 1 / K in rows of records (their mean), 0 in padding."""
+        weight_B = mask_B.to(loss_R.device, loss_R.dtype) / self._draws
+        return weight_B.repeat_interleave(self._draws)
+
+    def _count(self, records: int) -> None:
+        """Refuse what could overflow: every coordinate stays below 2^62 units."""
+        self._records += records
+        if self._records * 2.0 * self._clip_norm / self._grid > 2.0**62:
+            raise PrivacyError(
+                "The integer sum could overflow: take a coarser grid or fewer records."
+            )
+
+    def _zeros(self, dtype: torch.dtype) -> Tensor:
+        length = sum(place.stop - place.start for place in self._places.values())
+        return torch.zeros(length, dtype=dtype, device=self._device)
+
+
+# --- norms and clipping ---------------------------------------------------------------------------
+
+
+def record_norms(terms: Sequence[Operands | Products], mask_B: Tensor) -> RecordNorms:
+    """Joint norms over all layers. Gram forms run in float32, everything else in float64.
+
+    |G|^2 = sum_st (g_s . g_t)(a_s . a_t). Each product of two computed dot products is off by at
+    most gamma |g_s| |g_t| |a_s| |a_t|, so the sum is off by at most gamma A^2 with A the Cauchy
+    bound sum_t |g_t| |a_t| and gamma = 1.1 (D + O + 8) 2^-24. Layers that read the same input are
+    one layer with their outputs side by side; a bias is a weight on a constant input of 1.
+    """
+    total_3B = torch.zeros(3, len(mask_B), dtype=torch.float64, device=mask_B.device)
+    for products in (term for term in terms if isinstance(term, Products)):
+        total_3B += _product_norms(products)
+    pending: list[list[Operands]] = []
+    for group in _by_input(terms, biases_apart=True):
+        if pending and not _stackable(pending, group):
+            total_3B += _gram_norms(pending)
+            pending = []
+        pending.append(group)
+    return RecordNorms(*(total_3B + _gram_norms(pending) if pending else total_3B))
+
+
+def clip_factors(
+    norms: RecordNorms, mask_B: Tensor, *, clip_norm: float, least_ratio: float
+) -> Tensor:
+    """What each record is multiplied with, float64 (B,): min(1, clip_norm / norm).
+
+    Norms are taken at their upper error bound, and as at least ``least_ratio`` of their Cauchy
+    bound. Masked records and those whose squared norm is not a finite float32 get 0.
+    """
+    upper_square_B = (norms.square_B + norms.slack_B).clamp(min=0.0)
+    upper_B = torch.maximum(upper_square_B.sqrt(), least_ratio * norms.absolute_square_B.sqrt())
+    upper_B = upper_B * (1.0 + 2.0**-40)  # covers the float64 roundings on the way here
+    finite_B = upper_square_B + norms.absolute_square_B <= _LARGEST_SQUARE
+    factor_B = (clip_norm / upper_B).clamp(max=1.0)
+    return torch.where(finite_B & mask_B, factor_B, torch.zeros_like(factor_B))
+
+
+def _gram_norms(groups: Sequence[Sequence[Operands]]) -> Tensor:
+    """Squared norm, slack and squared Cauchy bound, (3, B), of G groups; each reads one input."""
+    records, tokens = groups[0][0].grad_BTO.shape[:2]
+    grams_2GBTT = groups[0][0].grad_BTO.new_empty(
+        2, len(groups), records, tokens, tokens, dtype=torch.float32
+    )
+    lengths = [
+        _grams(group, *pair) for group, pair in zip(groups, grams_2GBTT.unbind(1), strict=True)
+    ]
+    length_G11 = torch.tensor(lengths, dtype=torch.float64, device=grams_2GBTT.device)[
+        :, None, None
+    ]
+    gamma_G11 = 1.1 * (length_G11 + 8) * _UNIT
+    grad_GBTT, input_GBTT = grams_2GBTT.double()
+    # Products below 2^-126 may have been flushed to zero: a floor that gamma makes their bound.
+    floor_G11 = length_G11 * 2.0**-126 / gamma_G11
+    grad_GBT = grad_GBTT.diagonal(dim1=2, dim2=3) + floor_G11
+    input_GBT = input_GBTT.diagonal(dim1=2, dim2=3) + floor_G11
+    absolute_square_GB = (grad_GBT * input_GBT).sqrt().sum(2).square()
+    square_B = grad_GBTT.mul_(input_GBTT).sum((0, 2, 3))
+    slack_B = (gamma_G11[:, :, 0] * absolute_square_GB).sum(0)
+    return torch.stack([square_B, slack_B, absolute_square_GB.sum(0)])
+
+
+def _grams(group: Sequence[Operands], grad_BTT: Tensor, input_BTT: Tensor) -> int:
+    """Inner products of a group's output gradients and of its input, float32, into the buffers;
+    returns the length of the sums behind them."""
+    first, length = group[0], sum(operands.grad_BTO.shape[2] for operands in group)
+    for operands in group:
+        grad_BTO = operands.grad_BTO.float()
+        grad_BTT.baddbmm_(grad_BTO, grad_BTO.mT, beta=0.0 if operands is first else 1.0)
+    if first.layer.kind == "embedding":  # the input is one-hot
+        input_BTT.copy_(first.input[:, :, None] == first.input[:, None, :])
+        return length
+    input_BTD = first.input.float()
+    torch.bmm(input_BTD, input_BTD.mT, out=input_BTT)
+    if first.layer.bias is not None:
+        input_BTT += 1.0
+    return length + input_BTD.shape[2]
+
+
+def _product_norms(products: Products) -> Tensor:
+    """As ``_gram_norms``, of products: their norm is their Cauchy bound."""
+    parts = [part for part in (products.weight, products.bias) if part is not None]
+    square_B = sum(part.double().square().sum(1) for part in parts)
+    return torch.stack([square_B, torch.zeros_like(square_B), square_B])
+
+
+def _stackable(pending: Sequence[Sequence[Operands]], group: Sequence[Operands]) -> bool:
+    """Few large operations cost less than many small ones, as long as they stay small enough."""
+    records, tokens = group[0].grad_BTO.shape[:2]
+    same = pending[0][0].grad_BTO.shape[1] == tokens
+    return same and (len(pending) + 1) * records * tokens**2 <= _STACKED_NUMBERS
+
+
+# --- the clipped sum ------------------------------------------------------------------------------
+
+
+def weighted_sum(
+    terms: Sequence[Operands | Products],
+    factor_B: Tensor,
+    scratch: _Scratch,
+    emit: Callable[[slice, Tensor], None],
+) -> None:
+    """Calls ``emit`` with the place and the float64 values of sum_b factor_b G_b, layer by layer.
+
+    Operands of records with factor 0 are replaced by zeros first: 0 * NaN is NaN. The values are
+    work space: ``emit`` may change them and must not keep them.
+    """
+    out_B = (factor_B == 0).nonzero().flatten()
+    for products in (term for term in terms if isinstance(term, Products)):
+        layer = products.layer
+        for place, part in ((layer.weight, products.weight), (layer.bias, products.bias)):
+            if part is not None:
+                emit(place, factor_B @ part.double().index_fill_(0, out_B, 0.0))
+    for group in _by_input(terms):
+        if group[0].layer.kind == "embedding":
+            _emit_rows(group[0], factor_B, out_B, emit)
+        else:
+            _emit_contractions(group, factor_B, out_B, scratch, emit)
+
+
+def contract(grad_NO: Tensor, input_ND: Tensor, scratch: _Scratch) -> Tensor:
+    """grad^T input, float64 (O * D,). Float32 operands are summed in float32 over chunks of at most
+    64 tokens, and in float64 from there."""
+    tokens, out_width, width = *grad_NO.shape, input_ND.shape[1]
+    out_OD = scratch.take("out", (out_width, width), torch.float64)
+    if grad_NO.dtype == torch.float32:
+        chunks, rest = divmod(tokens, _CHUNK)
+        sums_COD = scratch.take("chunks", (chunks + (rest > 0), out_width, width), torch.float32)
+        grad_CNO, input_CND = (
+            x[: tokens - rest].unflatten(0, (-1, _CHUNK)) for x in (grad_NO, input_ND)
+        )
+        torch.bmm(grad_CNO.mT, input_CND, out=sums_COD[:chunks])
+        if rest:
+            torch.mm(grad_NO[-rest:].T, input_ND[-rest:], out=sums_COD[-1])
+        torch.sum(sums_COD, 0, dtype=torch.float64, out=out_OD)
+    elif out_width <= width:
+        torch.mm(grad_NO.T, input_ND, out=out_OD)
+    else:  # the same product the other way round, which BLAS libraries do faster
+        swapped_DO = scratch.take("swapped", (width, out_width), torch.float64)
+        out_OD.copy_(torch.mm(input_ND.T, grad_NO, out=swapped_DO).T)
+    return out_OD.flatten()
+
+
+def _emit_contractions(
+    group: Sequence[Operands],
+    factor_B: Tensor,
+    out_B: Tensor,
+    scratch: _Scratch,
+    emit: Callable[[slice, Tensor], None],
+) -> None:
+    input_BTD = scratch.without("input", group[0].input, out_B)
+    for operands in group:
+        grad_BTO = scratch.scaled("grad", operands.grad_BTO, factor_B).index_fill_(0, out_B, 0.0)
+        layer, grad_NO = operands.layer, grad_BTO.flatten(0, 1)
+        if layer.bias is not None:
+            emit(layer.bias, contract(grad_NO, torch.ones_like(grad_NO[:, :1]), scratch))
+        if layer.weight is not None:
+            emit(layer.weight, contract(grad_NO, input_BTD.flatten(0, 1), scratch))
+
+
+def _emit_rows(
+    operands: Operands, factor_B: Tensor, out_B: Tensor, emit: Callable[[slice, Tensor], None]
+) -> None:
+    """An embedding's sum: every token's gradient goes to its row of the table."""
+    grad_BTO = operands.grad_BTO.double().mul_(factor_B[:, None, None]).index_fill_(0, out_B, 0.0)
+    table_NO = torch.zeros_like(operands.layer.module.weight, dtype=torch.float64)
+    table_NO.index_add_(0, operands.input.flatten(), grad_BTO.flatten(0, 1))
+    emit(operands.layer.weight, table_NO.flatten())
+
+
+def _by_input(
+    terms: Sequence[Operands | Products], *, biases_apart: bool = False
+) -> list[list[Operands]]:
+    """Operands grouped by the tensor that their layers read, and by whether they have a bias."""
+    groups: dict[Any, list[Operands]] = {}
+    for operands in (term for term in terms if isinstance(term, Operands)):
+        tensor = operands.input
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        groups.setdefault((key, biases_apart and operands.layer.bias is None), []).append(operands)
+    return list(groups.values())
+
+
+class _Scratch:
+    """Work space that is kept from layer to layer: fresh pages cost more than the copies.
+
+    ``dtype`` is that of the operands of contractions."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype = dtype
+        self._device = device
+        self._space: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        length = math.prod(shape)
+        space = self._space.get((name, dtype))
+        if space is None or len(space) < length:
+            space = torch.empty(length, dtype=dtype, device=self._device)
+            self._space[name, dtype] = space
+        return space[:length].view(*shape)
+
+    def copy(self, name: str, tensor: Tensor) -> Tensor:
+        return self.take(name, tensor.shape, self._dtype).copy_(tensor)
+
+    def scaled(self, name: str, tensor: Tensor, factor_B: Tensor) -> Tensor:
+        """``tensor`` in the working precision, each record times its factor."""
+        factor_B11 = factor_B.to(self._dtype)[:, None, None]
+        if tensor.dtype != self._dtype:
+            return self.copy(name, tensor).mul_(factor_B11)
+        return torch.mul(tensor, factor_B11, out=self.take(name, tensor.shape, self._dtype))
+
+    def without(self, name: str, tensor: Tensor, out_B: Tensor) -> Tensor:
+        """``tensor`` in the working precision with zeros in the records ``out_B``."""
+        if tensor.dtype == self._dtype and len(out_B) == 0:
+            return tensor
+        return self.copy(name, tensor).index_fill_(0, out_B, 0.0)
+
+
+# --- what a layer keeps ---------------------------------------------------------------------------
+
+
+class _Tape:
+    """Collects what every tapped layer keeps during one backward pass."""
+
+    def __init__(self, *, records: int, draws: int, device: torch.device):
+        self.rows = records * draws
+        self.terms: list[Operands | Products] = []
+        self._draws = draws
+        self._seen: set[str] = set()
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+
+    @contextmanager
+    def tapping(self, layers: Sequence[_Layer]) -> Iterator[None]:
+        """While this is open, a forward pass through the layers is recorded."""
+        hooks = [layer.module.register_forward_hook(self._hook(layer)) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def record(self, layer: _Layer, seen: Tensor, grad: Tensor) -> None:
+        """Called by backward with a layer's input and its output's gradient."""
+        if layer.name in self._seen:
+            raise PrivacyError(
+                f"Module {layer.name} ran more than once in a forward pass: expected once. Freeze "
+                "it, or give each use its own module."
+            )
+        self._seen.add(layer.name)
+        self.terms.append(keep(layer, seen, grad, draws=self._draws))
+
+    def _hook(self, layer: _Layer) -> Callable[..., Tensor]:
+        def tap(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            seen = args[0].detach()
+            if seen.shape[:1] != (self.rows,) or output.shape[:1] != (self.rows,):
+                raise PrivacyError(
+                    f"Module {layer.name} got an input of {tuple(seen.shape)}: expected {self.rows}"
+                    " rows (records times draws) in front. Freeze it, or run it on every row."
+                )
+            if seen.is_floating_point() and seen.dtype != output.dtype:
+                seen = seen.to(output.dtype)  # what the layer computed with under autocast
+            return _Tap.apply(output, seen, self._anchor, self, layer)
+
+        return tap
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, which shows the tape what passes by on the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, seen: Tensor, anchor: Tensor, tape: _Tape, layer: _Layer
+    ) -> Tensor:
+        ctx.save_for_backward(seen)  # also notices when it was overwritten since
+        ctx.tape, ctx.layer = tape, layer
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        (seen,) = ctx.saved_tensors
+        ctx.tape.record(ctx.layer, seen, grad)
+        below = grad if ctx.needs_input_grad[0] else None  # nothing to differentiate further down
+        return below, None, None, None, None
+
+
+def keep(layer: _Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Operands | Products:
+    """What is kept of a layer: its per-record gradients, or the operands if those are smaller.
+
+    Smaller is cheaper, too: products take T D O multiplications and D O numbers, a Gram form
+    T^2 (D + O) multiplications and T (D + O) numbers.
+    """
+    if layer.kind in ("group_norm", "layer_norm"):
+        return _norm_products(layer, seen, grad, draws=draws)
+    if layer.kind == "embedding":
+        return _embedding_operands(layer, seen, grad, draws=draws)
+    if layer.kind == "conv":
+        input_BTD = _conv_tokens(layer.module, seen, draws=draws)
+        grad_BTO = _fold(grad.flatten(2).mT, draws)
+    else:
+        input_BTD, grad_BTO = _fold(seen, draws), _fold(grad, draws)
+    if layer.weight is None:
+        return Products(layer, None, grad_BTO.float().sum(1))
+    tokens, width, out_width = *input_BTD.shape[1:], grad_BTO.shape[2]
+    if width * out_width > tokens * (width + out_width) and tokens <= _MOST_TOKENS:
+        return Operands(layer, input_BTD, grad_BTO)
+    with _plain_arithmetic(grad.device):
+        weight_BP = torch.bmm(grad_BTO.float().mT, input_BTD.float()).flatten(1)
+    return Products(layer, weight_BP, None if layer.bias is None else grad_BTO.float().sum(1))
+
+
+def _fold(tensor: Tensor, draws: int) -> Tensor:
+    """(R, ..., D) -> (B, T, D): a record's draws become tokens."""
+    return tensor.reshape(len(tensor) // draws, -1, tensor.shape[-1])
+
+
+def _conv_tokens(module: nn.Module, seen: Tensor, *, draws: int) -> Tensor:
+    """Patches that each place of the output sees, (B, T, channels * kernel area)."""
+    if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding == (0, 0):
+        return _fold(seen.flatten(2).mT, draws)
+    patches_RDT = F.unfold(
+        seen,
+        module.kernel_size,
+        dilation=module.dilation,
+        padding=module.padding,
+        stride=module.stride,
+    )
+    return _fold(patches_RDT.mT, draws)
+
+
+def _norm_products(layer: _Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Products:
+    """Per-record gradients of a norm's scale (sum of gradient times normalised input) and shift."""
+    module, grad = layer.module, grad.float()
+    if layer.kind == "group_norm":
+        normal = F.group_norm(seen.float(), module.num_groups, eps=module.eps)
+        sums, width = tuple(range(2, grad.dim())), grad.shape[1]
+    else:
+        normal = F.layer_norm(seen.float(), module.normalized_shape, eps=module.eps)
+        sums = tuple(range(1, grad.dim() - len(module.normalized_shape)))
+        width = math.prod(module.normalized_shape)
+
+    def per_record(tensor: Tensor) -> Tensor:
+        rows = tensor.sum(sums) if sums else tensor
+        return rows.reshape(-1, draws, width).sum(1)
+
+    return Products(
+        layer,
+        None if layer.weight is None else per_record(grad * normal),
+        None if layer.bias is None else per_record(grad),
+    )
+
+
+def _embedding_operands(layer: _Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Operands:
+    records = len(seen) // draws
+    grad_BTO = grad.reshape(records, -1, grad.shape[-1])
+    index_BT = seen.reshape(records, -1)
+    if index_BT.shape[1] > _MOST_TOKENS:
+        raise PrivacyError(
+            f"Module {layer.name} embeds {index_BT.shape[1]} tokens of a record: expected at most "
+            f"{_MOST_TOKENS}. Freeze it, or take fewer draws."
+        )
+    if layer.module.padding_idx is not None:
+        grad_BTO = grad_BTO.masked_fill((index_BT == layer.module.padding_idx)[..., None], 0.0)
+    return Operands(layer, index_BT, grad_BTO)
+
+
+# --- which layers ---------------------------------------------------------------------------------
+
+
+def find_layers(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], places: Mapping[str, slice]
+) -> list[_Layer]:
+    """The modules that own ``parameters``. Raises: PrivacyError for what cannot be handled."""
+    place_of = {id(parameter): places[name] for name, parameter in parameters.items()}
+    name_of = {id(parameter): name for name, parameter in parameters.items()}
+    owner_of: dict[int, str] = {}
+    layers = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise PrivacyError(
+                f"Module {path} is a batch norm, which couples records: use GroupNorm."
+            )
+        own = {n: p for n, p in module._parameters.items() if p is not None and id(p) in place_of}
+        for name, parameter in own.items():
+            if id(parameter) in owner_of:
+                raise PrivacyError(
+                    f"Parameter {name_of[id(parameter)]} is shared by {owner_of[id(parameter)]} and"
+                    f" {path}.{name}: expected one module per parameter. Freeze it or untie it."
+                )
+            owner_of[id(parameter)] = f"{path}.{name}"
+        if own:
+            layers.append(_layer(path, module, {n: place_of[id(p)] for n, p in own.items()}))
+    lost = [name_of[key] for key in place_of if key not in owner_of]
+    if lost:
+        raise PrivacyError(
+            f"Parameter {lost[0]} is not in the model: expected parameters of its modules."
+        )
+    return layers
+
+
+def _layer(path: str, module: nn.Module, own: Mapping[str, slice]) -> _Layer:
+    """A layer of a kind that the engine knows. Raises: PrivacyError with the reason otherwise."""
+    kind = next(
+        (
+            k
+            for t, k in _KINDS.items()
+            if isinstance(module, t) and type(module).forward is t.forward
+        ),
+        None,
+    )
+    if kind is None or not set(own) <= {"weight", "bias"}:
+        raise PrivacyError(
+            f"Module {path} ({type(module).__name__}) has trainable parameters of its own: expected"
+            " Linear, Conv2d, GroupNorm, LayerNorm or Embedding. Freeze it."
+        )
+    if kind == "conv" and (
+        module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
+    ):
+        raise PrivacyError(
+            f"Module {path} is a convolution with groups = {module.groups}, padding = "
+            f"{module.padding!r} ({module.padding_mode}): expected one group and zeros, in numbers."
+        )
+    if kind == "embedding" and (module.max_norm is not None or module.scale_grad_by_freq):
+        raise PrivacyError(
+            f"Module {path} has max_norm or scale_grad_by_freq, which couple records: expected "
+            "neither."
+        )
+    return _Layer(path, module, kind, own.get("weight"), own.get("bias"))
+
+
+def _places(parameters: Mapping[str, nn.Parameter]) -> dict[str, slice]:
+    """Where each parameter lies in the flattened vector."""
+    if not parameters or len({id(p) for p in parameters.values()}) < len(parameters):
+        raise PrivacyError("Trainable parameters: expected at least one, and each only once.")
+    places, start = {}, 0
+    for name, parameter in parameters.items():
+        places[name] = slice(start, start + parameter.numel())
+        start += parameter.numel()
+    return places
+
+
+def _check_numbers(*, clip_norm: float, draws: int, grid: float) -> None:
+    if not (math.isfinite(clip_norm) and clip_norm > 0):
+        raise PrivacyError(f"clip_norm = {clip_norm}: expected a positive finite number.")
+    if draws < 1:
+        raise PrivacyError(f"draws = {draws}: expected at least 1.")
+    if not (math.isfinite(grid) and grid > 0) or math.frexp(grid)[0] != 0.5:
+        raise PrivacyError(f"grid = {grid}: expected a power of two.")
+    if not clip_norm / grid <= _MOST_UNITS:
+        raise PrivacyError(
+            f"clip_norm is {clip_norm / grid:.3g} grid units: expected at most 2^40."
+        )
+
+
+def _rows(loss_R: Tensor, rows: int) -> Tensor:
+    if loss_R.shape != (rows,):
+        raise PrivacyError(
+            f"Losses of shape {tuple(loss_R.shape)}: expected one per row, ({rows},)."
+        )
+    return loss_R
+
+
+@contextmanager
+def _trainable(model: nn.Module, learning: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within it exactly ``learning`` requires gradients; afterwards all is as before."""
+    chosen = {id(parameter) for parameter in learning}
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in chosen)
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def _plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """No autocast, and float32 products that are float32 (no TF32, no bf16)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _same_dropout() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
