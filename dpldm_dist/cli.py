@@ -35,7 +35,7 @@ COMMANDS = {
         "dpldm_dist.stages.finetune:finetune", "private latents -> private model and ledger", True
     ),
     "sample": Command("dpldm_dist.stages.sample:sample", "private model -> synthetic images", True),
-    "evaluate": Command("dpldm_dist.stages.evaluate:evaluate", "score synthetic images (not private)"),
+    "evaluate": Command("dpldm_dist.stages.evaluate:evaluate", "score synthetic images (not private)", True),
     "report": Command("dpldm_dist.stages.report:report", "the report that goes with a release"),
     "plan": Command("dpldm_dist.stages.plan:plan", "what a config would cost; touches no data"),
     "check": Command("dpldm_dist.stages.check:check", "test the machine, the disk and the workers"),
@@ -100,8 +100,6 @@ def _perform(stage: Callable[..., Any], config: Any, *, workers: bool) -> None:
     if stage.__module__.rpartition(".")[2] in ("plan", "check", "demo"):
         stage(config, solo_worker())  # plan and check leave nothing; demo holds the run itself
         return
+    alone = config.run.model_copy(update={"workers": 1, "launcher": "local"})
     with run.create().lock(), show_progress(run.progress):
-        if workers:
-            launch([Job(stage, config)], run=config.run)
-        else:
-            stage(config, solo_worker())
+        launch([Job(stage, config)], run=config.run if workers else alone)

@@ -1,0 +1,74 @@
+"""The denoising network: a diffusers UNet with cross-attention to conditioning tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from dpldm_dist.errors import ConfigError
+
+
+def build_unet(
+    *,
+    latent_channels: int,
+    latent_size: int,
+    block_channels: Sequence[int],
+    layers_per_block: int,
+    heads: int,
+    context_dim: int,
+    norm_groups: int,
+    seed: int,
+) -> UNet2DConditionModel:
+    """A new UNet for latents (latent_channels, latent_size, latent_size), weights from ``seed``.
+
+    Every level has residual blocks and transformer blocks (self-attention, cross-attention to
+    tokens of width ``context_dim``, feed-forward); every level after the first halves the map.
+    Conditioning enters through the tokens alone, so that stock pipelines can give it as
+    ``prompt_embeds``. Formal guarantees: no dropout and no batch statistics, so a row of the output
+    depends on its own row of the input only.
+
+    Raises: ConfigError if the latent cannot be halved that often, or channels do not divide.
+    """
+    levels = len(block_channels)
+    _check_sizes(latent_size, block_channels, heads, norm_groups)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=latent_size,
+            in_channels=latent_channels,
+            out_channels=latent_channels,
+            down_block_types=("CrossAttnDownBlock2D",) * levels,
+            mid_block_type="UNetMidBlock2DCrossAttn",
+            up_block_types=("CrossAttnUpBlock2D",) * levels,
+            block_out_channels=tuple(block_channels),
+            layers_per_block=layers_per_block,
+            # The name is diffusers' own slip: this is the number of heads.
+            attention_head_dim=heads,
+            cross_attention_dim=context_dim,
+            norm_num_groups=norm_groups,
+            use_linear_projection=True,
+            dropout=0.0,
+        )
+    return unet.eval()
+
+
+def _check_sizes(
+    latent_size: int, block_channels: Sequence[int], heads: int, norm_groups: int
+) -> None:
+    halvings = len(block_channels) - 1
+    smallest = latent_size / 2**halvings
+    if smallest != int(smallest) or smallest < 2:
+        raise ConfigError(
+            f"model.block_channels has {halvings + 1} levels for latents of {latent_size} x "
+            f"{latent_size}: expected a smallest map of at least 2 x 2 after halving "
+            f"{halvings} times. Use fewer levels or larger latents."
+        )
+    for channels in block_channels:
+        for name, divisor in (("heads", heads), ("norm_groups", norm_groups)):
+            if channels % divisor:
+                raise ConfigError(
+                    f"model.block_channels holds {channels}: expected multiples of "
+                    f"model.{name} = {divisor}."
+                )

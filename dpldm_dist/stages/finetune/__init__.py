@@ -1,0 +1,131 @@
+"""Public model + private latents -> private model + the ledger that proves its (epsilon, delta).
+
+This file is the main loop; beside it lie what it is made of: ``private_data`` (which records take
+part, and their losses), ``preparation`` (model, released statistics, warm-up), ``state`` (what a
+checkpoint holds) and ``publication`` (what is released).
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import closing
+
+from dpldm_dist.config import Config
+from dpldm_dist.data.latents import LatentShards
+from dpldm_dist.data.manifest import Manifest
+from dpldm_dist.models.directory import load_model
+from dpldm_dist.privacy.ledger import SharedLedger
+from dpldm_dist.privacy.plan import PrivacyPlan
+from dpldm_dist.runtime.checkpoint import Checkpoints
+from dpldm_dist.runtime.rundir import RunDir, dataset_dir
+from dpldm_dist.runtime.tracking import Progress, Tracker
+from dpldm_dist.runtime.worker import Worker
+from dpldm_dist.stages.finetune.preparation import (
+    declared_records,
+    genesis,
+    plan_of,
+    prepare_model,
+    public_model_dir,
+    release_statistics,
+    require_sections,
+    trainable_model,
+)
+from dpldm_dist.stages.finetune.private_data import PrivateData
+from dpldm_dist.stages.finetune.publication import finished, publish
+from dpldm_dist.stages.finetune.state import TrainingState
+
+
+def finetune(config: Config, worker: Worker) -> Manifest:
+    """Fine-tune the public model on private latents with (epsilon, delta)-DP.
+
+    Formal guarantees: everything below ``release/`` is a function of public data and of noisy sums
+    that the ledger charged before they were made. A start after a crash opens a new attempt with
+    fresh coins and fresh noise, and charges repeated steps again; a step that would pass the budget
+    does not run.
+    Raises: ConfigError, DataError, PrivacyError, RunError.
+    Source: Liu et al. (2023), arXiv 2305.15759, Algorithm 1.
+    """
+    require_sections(config)
+    run = RunDir(config.run.dir)
+    if (done := finished(config, run)) is not None:
+        return done
+    public = load_model(public_model_dir(config, run))
+    latents = LatentShards(dataset_dir(config, "private", "latents"))
+    plan = plan_of(config, records=declared_records(config, latents))
+    key = worker.collective.broadcast_bytes(
+        run.run_key(config.run.unsafe_test_key) if worker.rank == 0 else None
+    )
+    denoiser, parameters = trainable_model(config, public, latents, worker)
+    ledger = SharedLedger.open(
+        run.ledger, genesis(config, plan, key, latents, parameters), collective=worker.collective
+    )
+    with closing(ledger):
+        attempt = ledger.open_attempt()
+        progress = Progress(run.progress, worker=worker)
+
+        state = TrainingState(config, plan, key, attempt, denoiser, parameters, worker)
+        checkpoints = Checkpoints(run.checkpoints, keep=config.run.checkpoint_keep)
+        if not state.restore(checkpoints, ledger):
+            gaussian = release_statistics(config, plan, key, attempt, latents, ledger, run, worker)
+            prepare_model(config, denoiser, parameters, public, gaussian, progress, worker)
+            state.begin()
+            state.save(checkpoints, ledger)
+        data = PrivateData(config, plan, latents, key, attempt, public.diffusion, worker)
+        gradients = data.gradients(denoiser, parameters)
+
+        last = min(plan.steps, state.step + ledger.affordable_steps(plan.step_event))
+        progress.start("private fine-tuning", last, step=state.step)
+        with Tracker(run.tensorboard / "finetune", worker, start_step=state.step) as tracker:
+            tracker.hparams({name: value for name, value in plan.facts().items() if value is not None})
+            while state.step < last:
+                ledger.charge(plan.step_event, what="step", step=state.step)  # durable first
+                for part in data.microbatches(state.step):
+                    gradients.add(data.losses(denoiser, part), part.mask_B)  # clip each, add to the sum
+                noisy_norm = state.optimizer.step(gradients.take_sum(), state.step)  # noise once
+                state.tick()
+                progress.advance(state.step)
+                _show(tracker, plan, ledger, state, noisy_norm, last=state.step == last)
+                if state.step % config.run.checkpoint_every == 0 or state.step == last:
+                    state.save(checkpoints, ledger)
+        progress.done()
+        return publish(config, plan, run, public, latents, state, ledger, key, worker)
+
+
+def describe(config: Config) -> list[str]:
+    """What ``finetune`` would do, for --dry-run. Reads no private data."""
+    require_sections(config)
+    run = RunDir(config.run.dir)
+    lines = [
+        f"reads   {public_model_dir(config, run)} (public model)",
+        f"reads   {dataset_dir(config, 'private', 'latents')} (private latents)",
+        f"writes  {run.ledger}, {run.checkpoints}",
+        f"writes  {run.released_model}, {run.release / 'manifest.json'}",
+        f"runs    {config.finetune.steps} noisy steps on {config.run.workers} worker(s), "
+        f"trainable: {config.finetune.trainable}",
+    ]
+    if config.privacy.records is None:
+        return [*lines, "costs   set privacy.records to see the noise that the budget needs"]
+    plan = plan_of(config, records=config.privacy.records)
+    return [
+        *lines,
+        f"costs   at most epsilon {plan.epsilon} at delta {plan.delta}: noise multiplier "
+        f"{plan.noise_multiplier}, sample rate {plan.sample_rate:.6f}",
+    ]
+
+
+def _show(
+    tracker: Tracker,
+    plan: PrivacyPlan,
+    ledger: SharedLedger,
+    state: TrainingState,
+    noisy_norm: float,
+    *,
+    last: bool,
+) -> None:
+    """Public numbers of a step. Epsilon comes from the ledger, about twenty times in a run."""
+    tracker.scalar("optimizer/learning_rate", state.learning_rate, state.step)
+    tracker.scalar("optimizer/noisy_gradient_norm", noisy_norm, state.step)
+    if last or state.step % max(1, plan.steps // 20) == 0:
+        spent = ledger.spent()
+        if math.isfinite(spent):  # a run without a claim has no epsilon
+            tracker.scalar("privacy/epsilon", spent, state.step)

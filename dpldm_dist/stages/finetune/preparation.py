@@ -1,0 +1,280 @@
+"""What happens before the first noisy step: plan, model, released statistics, warm-up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dpldm_dist.config import Config
+from dpldm_dist.data.latents import LatentShards
+from dpldm_dist.data.manifest import MANIFEST
+from dpldm_dist.errors import ConfigError, DataError, PrivacyError
+from dpldm_dist.models.conditioning import ClassEmbedder, private_rows
+from dpldm_dist.models.denoiser import Denoiser
+from dpldm_dist.models.directory import LoadedModel
+from dpldm_dist.models.latent_gaussian import LatentGaussian
+from dpldm_dist.models.trainable import select_trainable, verify_all_learn
+from dpldm_dist.models.warmup import balanced_grad_scale, fit_to_gaussian
+from dpldm_dist.privacy import statistics
+from dpldm_dist.privacy.ledger import SharedLedger
+from dpldm_dist.privacy.optimizer import NoisySum
+from dpldm_dist.privacy.plan import PrivacyPlan, make_plan
+from dpldm_dist.privacy.randomness import commitment
+from dpldm_dist.privacy.sampling import Lanes
+from dpldm_dist.privacy.statistics import LatentStatistics
+from dpldm_dist.runtime.rundir import RunDir, dataset_dir
+from dpldm_dist.runtime.tracking import Progress
+from dpldm_dist.runtime.worker import Worker
+
+GAUSSIAN = "gaussian.safetensors"
+
+
+def require_sections(config: Config) -> None:
+    """Raises: ConfigError if the config lacks the numbers of private training."""
+    for section in ("privacy", "finetune"):
+        if getattr(config, section) is None:
+            raise ConfigError(
+                f"[{section}] is missing from the config: expected its numbers for private training."
+            )
+
+
+def plan_of(config: Config, *, records: int) -> PrivacyPlan:
+    """The plan that a config describes for ``records`` declared records. Raises: PrivacyError."""
+    return make_plan(
+        epsilon=config.privacy.epsilon,
+        delta=config.privacy.delta,
+        clip_norm=config.privacy.clip_norm,
+        records=records,
+        batch=config.finetune.batch,
+        steps=config.finetune.steps,
+        draws=config.finetune.draws,
+        reserve_steps=config.privacy.reserve_steps,
+        noise_multiplier=config.privacy.noise_multiplier,
+        statistics_noise=config.finetune.statistics_noise,
+        unit=config.privacy.unit,
+        lanes=config.privacy.lanes,
+        microbatch=config.run.microbatch,
+    )
+
+
+def declared_records(config: Config, latents: LatentShards) -> int:
+    """N that is declared to the public.
+
+    Raises: ConfigError if fewer are declared than there are; PrivacyError for duplicate images.
+    """
+    found = sum(latents.shard_records)
+    declared = config.privacy.records if config.privacy.records is not None else found
+    if declared < found:
+        raise ConfigError(
+            f"privacy.records = {declared} is less than the private records that were found: expected "
+            "at least as many. Raise it."
+        )
+    if latents.manifest.facts.get("duplicates") and not config.privacy.allow_duplicates:
+        raise PrivacyError(
+            "The private data holds images of equal content in different records, so a guarantee "
+            "per record is not one per image. Remove them, group them by a unit column, or set "
+            "privacy.allow_duplicates=true."
+        )
+    return declared
+
+
+def has_claim(config: Config) -> bool:
+    """Whether the run may state an epsilon."""
+    return config.run.unsafe_test_key is None and not config.run.unsafe_no_noise
+
+
+def genesis(
+    config: Config,
+    plan: PrivacyPlan,
+    key: bytes,
+    latents: LatentShards,
+    parameters: Mapping[str, nn.Parameter],
+) -> dict[str, Any]:
+    """What a ledger is opened for; it is refused for another value of any field."""
+    return {
+        **plan.facts(),
+        "parameters": sum(parameter.numel() for parameter in parameters.values()),
+        "data": commitment(key, "latents", latents.manifest.digest.encode()),
+        "claim": has_claim(config),
+    }
+
+
+def public_model_dir(config: Config, run: RunDir) -> Path:
+    """Where the public model lies: in this run, or where ``model.init`` says."""
+    if (run.public_model / "model_index.json").is_file() or config.model.init is None:
+        return run.public_model
+    return config.model.init.expanduser().absolute()
+
+
+def trainable_model(
+    config: Config, public: LoadedModel, latents: LatentShards, worker: Worker
+) -> tuple[Denoiser, dict[str, nn.Parameter]]:
+    """The public UNet with a table of rows for exactly the private classes, and what will train.
+
+    Raises: DataError if model and latents do not belong together; PrivacyError if a parameter
+    could not learn.
+    """
+    channels = latents.latent_shape[0]
+    if channels != public.unet.config.in_channels:
+        raise DataError(
+            f"The private latents have {channels} channels, the public model takes "
+            f"{public.unet.config.in_channels}: encode with the autoencoder of {public.folder}."
+        )
+    rows_NTD = private_rows(public.rows_NTD, classes=len(latents.classes), kind=public.kind)
+    denoiser = Denoiser(public.unet, ClassEmbedder(rows_NTD, kind=public.kind)).to(worker.device)
+    parameters = select_trainable(
+        denoiser,
+        trainable=config.finetune.trainable,
+        first_block=config.finetune.first_block,
+        lora_rank=config.finetune.lora_rank,
+    )
+    generator = torch.Generator().manual_seed(0)
+    example = torch.randn(16, *latents.latent_shape, generator=generator)
+    condition: Tensor = torch.arange(16) % max(1, len(latents.classes))
+    if latents.context_shape is not None:
+        condition = torch.randn(16, *latents.context_shape, generator=generator)
+    verify_all_learn(
+        denoiser,
+        public.diffusion,
+        latents_BCHW=example.to(worker.device),
+        condition=condition.to(worker.device),
+    )
+    return denoiser, parameters
+
+
+def release_statistics(
+    config: Config,
+    plan: PrivacyPlan,
+    key: bytes,
+    attempt: int,
+    latents: LatentShards,
+    ledger: SharedLedger,
+    run: RunDir,
+    worker: Worker,
+) -> LatentGaussian | None:
+    """Class means and covariance of all private latents: one charge, one noisy sum. Or nothing."""
+    if plan.statistics_noise is None:
+        return None
+    wanted = LatentStatistics(
+        classes=max(1, len(latents.classes)),
+        dims=math.prod(latents.latent_shape),
+        radius=_public_radius(config, latents),
+    )
+    for event in plan.statistics_events:
+        ledger.charge(event, what="statistics")
+    lanes = Lanes(
+        latents.shard_records, lanes=plan.lanes, cap=plan.lane_cap, microbatch=plan.microbatch
+    )
+    total_L = torch.zeros(wanted.length, dtype=torch.int64)
+    for shard in lanes.shards_of_worker(worker.rank, worker.world_size):
+        records = latents.records(shard, np.arange(latents.shard_records[shard]))
+        mean_BmD = torch.from_numpy(records.moments)[:, :, 0].chunk(2, dim=2)[0].flatten(2)
+        total_L += wanted.record_sum(
+            mean_BmD, torch.from_numpy(records.labels), torch.from_numpy(records.images)
+        )
+    noisy_sum = NoisySum(
+        key,
+        attempt=attempt,
+        std=plan.statistics_noise * statistics.CLIP_NORM / statistics.GRID,
+        collective=worker.collective,
+        unsafe_no_noise=config.run.unsafe_no_noise,
+    )
+    noisy_L = noisy_sum.release(total_L.to(worker.device), purpose="statistics", step=0).cpu()
+    means_ND, covariance_DD = wanted.estimate(
+        noisy_L, noise_multiplier=plan.statistics_noise, records=plan.records
+    )
+    gaussian = LatentGaussian(means_ND, covariance_DD, latents.latent_shape)
+    if worker.rank == 0:
+        save_file(gaussian.tensors(), run.release / GAUSSIAN)
+    return gaussian
+
+
+def prepare_model(
+    config: Config,
+    denoiser: Denoiser,
+    parameters: Mapping[str, nn.Parameter],
+    public: LoadedModel,
+    gaussian: LatentGaussian | None,
+    progress: Progress,
+    worker: Worker,
+) -> None:
+    """Warm up on draws from the released Gaussian, then set the embedder's share of the gradient.
+
+    Post-processing of public data and of the released statistics: it costs no privacy.
+    """
+    settings = config.finetune
+    if gaussian is not None and settings.warmup_steps and public.kind != "caption":
+        progress.start("warm-up", settings.warmup_steps)
+        fit_to_gaussian(
+            denoiser,
+            public.diffusion,
+            gaussian,
+            parameters,
+            steps=settings.warmup_steps,
+            batch=settings.warmup_batch,
+            learning_rate=settings.warmup_learning_rate,
+            label_dropout=settings.label_dropout,
+            bias=settings.time_bias,
+            spread=settings.time_spread,
+            parts=config.privacy.lanes,
+            my_parts=range(worker.rank, config.privacy.lanes, worker.world_size),
+            sum_=worker.collective.sum_,
+            tick=lambda step: progress.advance(step + 1),
+        )
+        denoiser.embedder.fold_()
+        progress.done()
+    denoiser.embedder.grad_scale = _grad_scale(config, denoiser, parameters, public, gaussian, worker)
+
+
+def _public_radius(config: Config, latents: LatentShards) -> float:
+    """Norm bound of a latent: what 95 % of the public ones keep, or sqrt(1.5 D) without them."""
+    folder = dataset_dir(config, "public", "latents")
+    if not (folder / MANIFEST).is_file():
+        return math.sqrt(1.5 * math.prod(latents.latent_shape))
+    public = LatentShards(folder)
+    moments = public.records(0, np.arange(public.shard_records[0])).moments
+    mean_BD = moments[:, 0, 0, : latents.latent_shape[0]].reshape(len(moments), -1)
+    return float(np.quantile(np.linalg.norm(mean_BD, axis=1), 0.95))
+
+
+def _grad_scale(
+    config: Config,
+    denoiser: Denoiser,
+    parameters: Mapping[str, nn.Parameter],
+    public: LoadedModel,
+    gaussian: LatentGaussian | None,
+    worker: Worker,
+) -> float:
+    """The configured factor, or the one that balances gradients on made-up or released latents."""
+    settings = config.finetune
+    if settings.embedder_grad_scale != "auto":
+        return settings.embedder_grad_scale
+    if denoiser.embedder.kind != "class":
+        return 1.0
+    count, generator = 64, torch.Generator().manual_seed(1)
+    labels_B = torch.arange(count) % denoiser.embedder.null_label
+    if gaussian is not None:
+        latents_BCHW = gaussian.sample(labels_B, generator)
+    else:
+        size = public.unet.config.sample_size
+        shape = (count, public.unet.config.in_channels, size, size)
+        latents_BCHW = torch.randn(shape, generator=generator)
+    times_B = public.diffusion.times_from_uniform(
+        torch.rand(count, generator=generator), bias=settings.time_bias, spread=settings.time_spread
+    )
+    scale = balanced_grad_scale(
+        denoiser,
+        public.diffusion,
+        parameters,
+        latents_BCHW=latents_BCHW.to(worker.device),
+        labels_B=labels_B.to(worker.device),
+        times_B=times_B.to(worker.device),
+    )
+    return float(worker.collective.broadcast_json(scale))

@@ -1,0 +1,163 @@
+"""The records of a worker: which take part in a step, their draws, their losses.
+
+Shapes: B records of a microbatch, K draws of each, R = B * K rows (record-major), C, h, w of a
+latent, m images of a record.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpldm_dist.config import Config
+from dpldm_dist.data.latents import LatentRecords, LatentShards
+from dpldm_dist.models.denoiser import Denoiser
+from dpldm_dist.models.diffusion import Diffusion
+from dpldm_dist.privacy.draws import RecordDraws, record_draws
+from dpldm_dist.privacy.gradients import PerRecordGradients, accumulation_error
+from dpldm_dist.privacy.plan import PrivacyPlan, contribution_bound
+from dpldm_dist.privacy.randomness import KEY_BYTES
+from dpldm_dist.privacy.sampling import Lanes, PoissonSampling
+from dpldm_dist.runtime.worker import Worker
+
+
+@dataclass(frozen=True)
+class Part:
+    """One microbatch, padded with zeros to a fixed number of records; ``mask_B``: who is real.
+
+    ``condition`` is labels (R,) or context tokens (R, tokens, width); ``dropped_R`` rows lose it.
+    """
+
+    z0_RCHW: Tensor
+    noise_RCHW: Tensor
+    times_R: Tensor
+    condition: Tensor
+    dropped_R: Tensor
+    mask_B: Tensor
+
+
+class PrivateData:
+    """The private latents of this worker, drawn and dressed for each step.
+
+    Formal guarantees: which records take part, and what each of them draws, depends on the key, the
+    attempt, the step and the record alone. A record's rows depend on no other record.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        plan: PrivacyPlan,
+        latents: LatentShards,
+        key: bytes,
+        attempt: int,
+        diffusion: Diffusion,
+        worker: Worker,
+    ):
+        self._settings = config.finetune
+        self._plan = plan
+        self._latents = latents
+        self._key = key
+        self._attempt = attempt
+        self._diffusion = diffusion
+        self._worker = worker
+        self._lanes = Lanes(
+            latents.shard_records, lanes=plan.lanes, cap=plan.lane_cap, microbatch=plan.microbatch
+        )
+        self._sampling = PoissonSampling(key, attempt=attempt, sample_rate=plan.sample_rate)
+
+    def microbatches(self, step: int) -> Iterator[Part]:
+        """This worker's part of the batch of ``step``; nothing when none of its records was drawn."""
+        for lane in self._lanes.of_worker(self._worker.rank, self._worker.world_size):
+            for chosen in self._lanes.microbatches(self._sampling, step, lane):
+                records = self._latents.gather(chosen.shards, chosen.places)
+                yield self._dress(records, self._draws(self._key, chosen.ids, step))
+
+    def losses(self, denoiser: Denoiser, part: Part) -> Callable[[], Tensor]:
+        """A forward pass that gives the loss of every row, (R,)."""
+
+        def rows() -> Tensor:
+            condition = denoiser.embedder.drop(part.condition, part.dropped_R)
+            return self._diffusion.loss_rows(
+                denoiser, part.z0_RCHW, part.noise_RCHW, part.times_R, condition
+            )
+
+        return rows
+
+    def gradients(
+        self, denoiser: Denoiser, parameters: Mapping[str, nn.Parameter]
+    ) -> PerRecordGradients:
+        """The engine, with a clip norm from which every rounding is paid; tried on made-up records."""
+        plan = self._plan
+        bound = contribution_bound(
+            plan,
+            parameters=sum(parameter.numel() for parameter in parameters.values()),
+            accumulation_error=accumulation_error(records=plan.microbatch, clip_norm=plan.clip_norm),
+        )
+        engine = PerRecordGradients(
+            denoiser, parameters, clip_norm=bound, draws=plan.draws, grid=plan.grid
+        )
+        part = self._made_up()
+        engine.verify(self.losses(denoiser, part), part.mask_B)
+        return engine
+
+    def _draws(self, key: bytes, ids: np.ndarray, step: int) -> RecordDraws:
+        return record_draws(
+            key,
+            ids,
+            attempt=self._attempt,
+            step=step,
+            draws=self._plan.draws,
+            dims=math.prod(self._latents.latent_shape),
+        )
+
+    def _made_up(self) -> Part:
+        """A full microbatch of random numbers in the shape of the private latents."""
+        latents, size = self._latents, self._plan.microbatch
+        generator = np.random.default_rng(0)
+        channels, height, width = latents.latent_shape
+        head = (size, latents.images_per_record)
+        moments = (*head, latents.views, 2 * channels, height, width)
+        context = None
+        if latents.context_shape is not None:
+            context = generator.standard_normal((*head, *latents.context_shape), dtype=np.float32)
+        records = LatentRecords(
+            moments=generator.standard_normal(moments, dtype=np.float32),
+            labels=generator.integers(0, max(1, len(latents.classes)), head),
+            images=np.full(size, latents.images_per_record),
+            context=context,
+        )
+        return self._dress(records, self._draws(bytes(KEY_BYTES), np.arange(size), step=0))
+
+    def _dress(self, records: LatentRecords, draws: RecordDraws) -> Part:
+        """Pick image and view, sample the posterior, noise it, and pad to the fixed size."""
+        count, many = len(records.images), self._plan.draws
+        rows_BK = torch.arange(count)[:, None].expand(count, many)
+        image_BK = (draws.image * torch.from_numpy(records.images)[:, None]).long()
+        view_BK = (draws.view * self._latents.views).long()
+        moments = torch.from_numpy(records.moments)[rows_BK, image_BK, view_BK]
+        mean, log_variance = moments.chunk(2, dim=2)
+        shape = (count, many, *self._latents.latent_shape)
+        z0 = mean + torch.exp(0.5 * log_variance) * draws.posterior.view(shape)
+        given = records.labels if records.context is None else records.context
+        times_BK = self._diffusion.times_from_uniform(
+            draws.time.reshape(-1), bias=self._settings.time_bias, spread=self._settings.time_spread
+        ).view(count, many)
+        return Part(
+            z0_RCHW=self._pad(z0),
+            noise_RCHW=self._pad(draws.noise.view(shape)),
+            times_R=self._pad(times_BK),
+            condition=self._pad(torch.from_numpy(given)[rows_BK, image_BK]),
+            dropped_R=self._pad(draws.dropout < self._settings.label_dropout),
+            mask_B=(torch.arange(self._plan.microbatch) < count).to(self._worker.device),
+        )
+
+    def _pad(self, tensor_BK: Tensor) -> Tensor:
+        """(n, K, ...) -> (R, ...) on the device, zeros behind the n records."""
+        padded = tensor_BK.new_zeros(self._plan.microbatch, *tensor_BK.shape[1:])
+        padded[: len(tensor_BK)] = tensor_BK
+        return padded.flatten(0, 1).to(self._worker.device)

@@ -1,0 +1,111 @@
+"""What is released: the averaged model, and a manifest that names all that it depends on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dpldm_dist import __version__
+from dpldm_dist.config import Config, refuse_other_settings
+from dpldm_dist.data.latents import LatentShards
+from dpldm_dist.data.manifest import MANIFEST, Manifest, describe_files
+from dpldm_dist.models.directory import LoadedModel, save_model
+from dpldm_dist.privacy.ledger import SharedLedger
+from dpldm_dist.privacy.plan import PrivacyPlan
+from dpldm_dist.privacy.randomness import commitment
+from dpldm_dist.runtime.rundir import RunDir, dataset_dir
+from dpldm_dist.runtime.worker import Worker
+from dpldm_dist.stages.finetune.preparation import GAUSSIAN, has_claim
+from dpldm_dist.stages.finetune.state import TrainingState, settings_of
+
+
+def finished(config: Config, run: RunDir) -> Manifest | None:
+    """The manifest of this very run if it is complete. Raises: RunError for other settings."""
+    if not (run.release / MANIFEST).is_file():
+        return None
+    manifest = Manifest.read(run.release, "model")
+    refuse_other_settings(manifest.config, settings_of(config), run.release)
+    return manifest
+
+
+def publish(
+    config: Config,
+    plan: PrivacyPlan,
+    run: RunDir,
+    public: LoadedModel,
+    latents: LatentShards,
+    state: TrainingState,
+    ledger: SharedLedger,
+    key: bytes,
+    worker: Worker,
+) -> Manifest:
+    """Write ``release/model`` from the averaged weights, then ``release/manifest.json``."""
+    state.ema.copy_to()
+    facts = _facts(config, plan, latents, state, ledger)
+    if worker.rank == 0:
+        save_model(
+            run.released_model,
+            unet=state.denoiser.unet.cpu(),
+            autoencoder=public.autoencoder,
+            diffusion=public.diffusion,
+            rows_NTD=state.denoiser.embedder.rows(),
+            classes=latents.classes,
+            kind=public.kind,
+            text_encoder_from=public.folder if public.has_text_encoder else None,
+        )
+        found = [path for path in run.released_model.rglob("*") if path.is_file()]
+        found += [path for path in [run.release / GAUSSIAN] if path.is_file()]
+        names = sorted(str(path.relative_to(run.release)) for path in found)
+        Manifest(
+            kind="model",
+            facts=facts,
+            files=describe_files(run.release, names),
+            config=settings_of(config),
+            parents=_parents(config, public, latents, key),
+        ).write(run.release)
+    worker.collective.barrier()
+    return Manifest.read(run.release, "model")
+
+
+def _facts(
+    config: Config,
+    plan: PrivacyPlan,
+    latents: LatentShards,
+    state: TrainingState,
+    ledger: SharedLedger,
+) -> dict[str, Any]:
+    numbers = plan.facts()
+    spent, claim = ledger.spent(), has_claim(config)
+    return {
+        **numbers,
+        "epsilon_budget": numbers["epsilon"],
+        "epsilon": spent if claim else None,
+        "claim": claim,
+        "steps_done": state.step,
+        "ledger_head": list(ledger.head),
+        "trainable": config.finetune.trainable,
+        "parameters": sum(p.numel() for p in state.parameters.values()),
+        "parameters_all": sum(p.numel() for p in state.denoiser.parameters()),
+        "embedder_grad_scale": state.denoiser.embedder.grad_scale,
+        "classes": list(latents.classes),
+        "software": {"dpldm_dist": __version__, "torch": torch.__version__},
+    }
+
+
+def _parents(
+    config: Config, public: LoadedModel, latents: LatentShards, key: bytes
+) -> dict[str, str]:
+    """Public parents by the SHA-256 of their manifests, private ones by a keyed commitment."""
+    secret = commitment(key, "latents", latents.manifest.digest.encode())
+    parents = {"private latents (commitment)": secret}
+    places = {
+        "public model": public.folder,
+        "autoencoder": RunDir(config.run.dir).autoencoder,
+        "public latents": dataset_dir(config, "public", "latents"),
+        "public images": dataset_dir(config, "public", "images"),
+    }
+    for name, folder in places.items():
+        if (folder / MANIFEST).is_file():
+            parents[name] = Manifest.read(folder).digest
+    return parents

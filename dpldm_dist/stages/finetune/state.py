@@ -1,0 +1,161 @@
+"""What changes from step to step, and how it survives a crash."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpldm_dist.config import Config, FinetuneConfig, refuse_other_settings
+from dpldm_dist.errors import PrivacyError
+from dpldm_dist.models.denoiser import Denoiser
+from dpldm_dist.models.ema import EMA
+from dpldm_dist.privacy.ledger import SharedLedger
+from dpldm_dist.privacy.optimizer import DistributedDPOptimizer, NoisySum
+from dpldm_dist.privacy.plan import PrivacyPlan
+from dpldm_dist.runtime.checkpoint import Checkpoint, Checkpoints
+from dpldm_dist.runtime.worker import Worker
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """The settings that a run keeps from its first start to its end."""
+    tree = config.model_dump(mode="json")
+    run = {name: tree["run"][name] for name in ("microbatch", "unsafe_no_noise")}
+    return {name: tree[name] for name in ("finetune", "privacy", "model")} | {"run": run}
+
+
+class TrainingState:
+    """Trainable parameters, their average, and the private optimizer, after ``step`` steps."""
+
+    def __init__(
+        self,
+        config: Config,
+        plan: PrivacyPlan,
+        key: bytes,
+        attempt: int,
+        denoiser: Denoiser,
+        parameters: dict[str, nn.Parameter],
+        worker: Worker,
+    ):
+        self.step = 0
+        self.denoiser = denoiser
+        self.parameters = parameters
+        self._config = config
+        self._worker = worker
+        self._inner = _inner_optimizer(config.finetune, parameters)
+        self._schedule = _schedule(config.finetune, self._inner, steps=plan.steps)
+        self.optimizer = DistributedDPOptimizer(
+            self._inner,
+            list(parameters.values()),
+            NoisySum(
+                key,
+                attempt=attempt,
+                std=plan.noise_multiplier * plan.clip_norm / plan.grid,
+                collective=worker.collective,
+                unsafe_no_noise=config.run.unsafe_no_noise,
+            ),
+            grid=plan.grid,
+            clip_norm=plan.clip_norm,
+            divisor=plan.divisor,
+            schedule=self._schedule,
+        )
+        self.begin()
+
+    @property
+    def learning_rate(self) -> float:
+        return self._inner.param_groups[0]["lr"]
+
+    def begin(self) -> None:
+        """Start the average at the parameters as they are now."""
+        self.ema = EMA(self.parameters, self._config.finetune.ema_decay)
+
+    def tick(self) -> None:
+        """One step is done: the average follows."""
+        self.ema.update()
+        self.step += 1
+
+    def save(self, checkpoints: Checkpoints, ledger: SharedLedger) -> None:
+        """Write a checkpoint that names the ledger head it belongs to. It holds no key."""
+        head = ledger.note_checkpoint(self.step)
+        if self._worker.rank == 0:
+            facts = {
+                "settings": settings_of(self._config),
+                "ledger_head": list(head),
+                "grad_scale": self.denoiser.embedder.grad_scale,
+            }
+            checkpoints.save(self.step, self._tensors(), facts)
+        self._worker.collective.barrier()
+
+    def restore(self, checkpoints: Checkpoints, ledger: SharedLedger) -> bool:
+        """Go on from the newest checkpoint; False if there is none.
+
+        Raises: PrivacyError if it belongs to another ledger; RunError for other settings.
+        """
+        saved = checkpoints.latest()
+        if saved is None:
+            return False
+        refuse_other_settings(
+            saved.facts["settings"], settings_of(self._config), self._config.run.dir / "private"
+        )
+        if not ledger.contains(saved.facts["ledger_head"]):
+            raise PrivacyError(
+                "The newest checkpoint belongs to another ledger, or the ledger was cut or replaced: "
+                "restore the ledger that goes with it, or use a new run.dir."
+            )
+        self._load(saved)
+        return True
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"parameter/{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"ema/{name}": value for name, value in self.ema.state().items()}
+        tensors["embedder/base"] = self.denoiser.embedder.base
+        for name, parameter in self.parameters.items():
+            for slot, value in self._inner.state.get(parameter, {}).items():
+                if value is not None:
+                    tensors[f"optimizer/{name}/{slot}"] = torch.as_tensor(value)
+        return tensors
+
+    @torch.no_grad()
+    def _load(self, saved: Checkpoint) -> None:
+        self.step = saved.step
+        self.denoiser.embedder.base.copy_(saved.tensors["embedder/base"])
+        self.denoiser.embedder.grad_scale = saved.facts["grad_scale"]
+        for name, parameter in self.parameters.items():
+            parameter.copy_(saved.tensors[f"parameter/{name}"])
+            slots = _below(f"optimizer/{name}/", saved.tensors)
+            if slots:
+                self._inner.state[parameter] = {
+                    slot: value.to(parameter.device) if value.dim() else value
+                    for slot, value in slots.items()
+                }
+        self.ema.load(_below("ema/", saved.tensors))
+        self._schedule.last_epoch = self.step
+        for group, base in zip(self._inner.param_groups, self._schedule.base_lrs, strict=True):
+            group["lr"] = base * self._schedule.lr_lambdas[0](self.step)
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _inner_optimizer(
+    settings: FinetuneConfig, parameters: Mapping[str, nn.Parameter]
+) -> torch.optim.Optimizer:
+    learning = list(parameters.values())
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(learning, lr=settings.learning_rate, betas=settings.betas)
+    return torch.optim.SGD(learning, lr=settings.learning_rate, momentum=settings.betas[0])
+
+
+def _schedule(
+    settings: FinetuneConfig, inner: torch.optim.Optimizer, *, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    def factor(step: int) -> float:
+        return 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
+
+    return torch.optim.lr_scheduler.LambdaLR(
+        inner, factor if settings.lr_decay == "cosine" else lambda step: 1.0
+    )
