@@ -1,0 +1,241 @@
+"""``dpldm plan``: what a config would cost, before any data is touched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import rich.box
+import rich.console
+import rich.markup
+import rich.table
+import torch
+
+from dpldm_dist.config import Config
+from dpldm_dist.data.manifest import Manifest
+from dpldm_dist.errors import ConfigError
+from dpldm_dist.models.conditioning import ClassEmbedder
+from dpldm_dist.models.denoiser import Denoiser
+from dpldm_dist.models.trainable import select_trainable
+from dpldm_dist.models.unet import build_unet
+from dpldm_dist.privacy.accounting import (
+    GaussianEvent,
+    calibrate_noise_multiplier,
+    epsilon,
+    epsilon_curve,
+    epsilon_prv,
+    epsilon_rdp,
+)
+from dpldm_dist.privacy.plan import PrivacyPlan, make_plan
+from dpldm_dist.runtime.worker import Worker
+
+POINTS = 5  # of the curve, besides the start and the reserve
+# A trainable parameter beside the model itself: integer sum and its noise (8 bytes each), gradient,
+# two moments of Adam, average (4 bytes each).
+_BYTES_PER_PARAMETER = 8 + 8 + 4 + 2 * 4 + 4
+
+Rows = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Epsilon of a plan when all its steps are done, at its delta, by each accountant."""
+
+    pld: float
+    prv: float
+    rdp: float
+    replace_one: float
+
+    @property
+    def agree(self) -> bool:
+        """Whether PRV confirms PLD (within 0.5 % and 0.005) and RDP lies above."""
+        near = not math.isfinite(self.prv) or abs(self.prv - self.pld) <= 0.005 * self.pld + 0.005
+        return near and self.rdp >= self.pld
+
+
+def plan(config: Config, worker: Worker) -> Manifest | None:
+    """Print the mechanism that ``config`` describes and what it costs. Writes nothing: None.
+
+    Formal guarantees: touches no data; the number of records is the declared one.
+    Raises: ConfigError if ``privacy.records`` is not set; PrivacyError if the budget cannot be met.
+    """
+    mechanism = mechanism_of(config)
+    console = rich.console.Console()
+    _show(console, "Mechanism", _mechanism_rows(config, mechanism))
+    cost = cost_of(mechanism)
+    _show(
+        console,
+        f"Epsilon at delta = {mechanism.delta:g} when all is done",
+        _cost_rows(mechanism, cost),
+    )
+    _show(console, "Epsilon along the run", _curve_rows(mechanism))
+    if mechanism.statistics_events:
+        _show(console, "The release of latent statistics", _statistics_rows(mechanism))
+    _show(console, "Memory of the private step", _memory_rows(config))
+    if not cost.agree:
+        console.print("The accountants disagree: report this config as a bug, and do not run it.")
+    return None
+
+
+def describe(config: Config) -> list[str]:
+    """What ``plan`` would do, for --dry-run."""
+    return ["reads   the config only", "prints  noise, epsilon along the run and memory"]
+
+
+def mechanism_of(config: Config) -> PrivacyPlan:
+    """The plan of ``config`` for its declared records. Raises: ConfigError, PrivacyError."""
+    if config.privacy is None or config.finetune is None:
+        missing = "privacy" if config.privacy is None else "finetune"
+        raise ConfigError(
+            f"[{missing}] is missing: a plan needs the sections privacy and finetune."
+        )
+    if config.privacy.records is None:
+        raise ConfigError(
+            "privacy.records is not set: plan reads no data, so set it to the number of private "
+            "records that you declare to the public."
+        )
+    return make_plan(
+        epsilon=config.privacy.epsilon,
+        delta=config.privacy.delta,
+        clip_norm=config.privacy.clip_norm,
+        records=config.privacy.records,
+        batch=config.finetune.batch,
+        steps=config.finetune.steps,
+        draws=config.finetune.draws,
+        reserve_steps=config.privacy.reserve_steps,
+        noise_multiplier=config.privacy.noise_multiplier,
+        statistics_noise=config.finetune.statistics_noise,
+        unit=config.privacy.unit,
+        lanes=config.privacy.lanes,
+        microbatch=config.run.microbatch,
+    )
+
+
+def cost_of(mechanism: PrivacyPlan) -> Cost:
+    """Epsilon of all steps of ``mechanism``, its reserve left unused, by each accountant."""
+    events = [replace(mechanism.step_event, count=mechanism.steps), *mechanism.statistics_events]
+    delta = mechanism.accounting_delta
+    return Cost(
+        pld=epsilon(events, delta),
+        prv=epsilon_prv(events, delta),
+        rdp=epsilon_rdp(events, delta),
+        replace_one=epsilon(events, delta, relation="replace_one"),
+    )
+
+
+def trainable_parameters(config: Config) -> int | None:
+    """Parameters that would learn, besides rows of classes; None if the model is not ours."""
+    if config.model.init is not None or config.autoencoder.init is not None:
+        return None
+    halvings = len(config.autoencoder.block_channels) - 1
+    kind = config.model.conditioning
+    with torch.device("meta"):  # shapes only
+        unet = build_unet(
+            latent_channels=config.autoencoder.latent_channels,
+            latent_size=config.data.size // 2**halvings,
+            block_channels=config.model.block_channels,
+            layers_per_block=config.model.layers_per_block,
+            heads=config.model.heads,
+            context_dim=config.model.context_dim,
+            norm_groups=config.model.norm_groups,
+            seed=0,
+        )
+        rows_NTD = torch.zeros(1, config.model.context_tokens, config.model.context_dim)
+        parameters = select_trainable(
+            Denoiser(unet, ClassEmbedder(rows_NTD, kind=kind)),
+            trainable=config.finetune.trainable,
+            first_block=config.finetune.first_block,
+            lora_rank=config.finetune.lora_rank,
+        )
+    return sum(p.numel() for name, p in parameters.items() if not name.startswith("embedder"))
+
+
+def _mechanism_rows(config: Config, mechanism: PrivacyPlan) -> Rows:
+    calibrated = "calibrated" if config.privacy.noise_multiplier is None else "given"
+    reserve = f", and {mechanism.reserve_steps} in reserve" if mechanism.reserve_steps else ""
+    return [
+        ("records declared (unit)", f"{mechanism.records} ({mechanism.unit})"),
+        ("budget", f"epsilon {mechanism.epsilon:g} at delta {mechanism.delta:g}"),
+        ("steps", f"{mechanism.steps}{reserve}"),
+        ("sample rate", f"{mechanism.sample_rate:.6g}"),
+        ("expected records per step", f"{mechanism.divisor:.6g}"),
+        ("most records of a lane in a step", f"{mechanism.lane_cap} ({mechanism.lanes} lanes)"),
+        ("delta kept for that bound", f"{mechanism.overflow_delta:.3g}"),
+        ("noise multiplier", f"{mechanism.noise_multiplier:.4f} ({calibrated})"),
+        ("clip norm", f"{mechanism.clip_norm:g}"),
+        ("draws per record (free)", f"{mechanism.draws}"),
+    ]
+
+
+def _cost_rows(mechanism: PrivacyPlan, cost: Cost) -> Rows:
+    return [
+        ("add or remove one record, PLD (number of record)", f"{cost.pld:.4f}"),
+        ("the same by PRV (cross-check, its error added)", _number(cost.prv)),
+        ("the same by RDP (cross-check, looser)", _number(cost.rdp)),
+        ("replace one record by another, PLD", f"{cost.replace_one:.4f}"),
+    ]
+
+
+def _curve_rows(mechanism: PrivacyPlan) -> Rows:
+    last = mechanism.steps
+    steps = sorted({0, *(round(last * part / POINTS) for part in range(1, POINTS + 1))})
+    steps += [last + mechanism.reserve_steps] if mechanism.reserve_steps else []
+    curve = epsilon_curve(
+        mechanism.step_event,
+        others=mechanism.statistics_events,
+        delta=mechanism.accounting_delta,
+        steps=steps,
+    )
+    rows = []
+    for count, spent in zip(steps, curve, strict=True):
+        label = f"after {count} steps" + (" (reserve used up)" if count > last else "")
+        rows.append((label, f"{spent:.4f}  ({spent / mechanism.epsilon:.0%} of the budget)"))
+    return rows
+
+
+def _statistics_rows(mechanism: PrivacyPlan) -> Rows:
+    alone = epsilon(mechanism.statistics_events, mechanism.accounting_delta)
+    steps = mechanism.steps + mechanism.reserve_steps
+    rows = [
+        ("its noise multiplier", f"{mechanism.statistics_noise:g}"),
+        ("its epsilon alone", f"{alone:.4f}"),
+    ]
+    event = GaussianEvent(mechanism.noise_multiplier, mechanism.sample_rate, steps)
+    whole = epsilon([event, *mechanism.statistics_events], mechanism.accounting_delta)
+    without = epsilon([event], mechanism.accounting_delta)
+    rows.append(("its share of the whole epsilon", f"{(whole - without) / whole:.1%}"))
+    least = calibrate_noise_multiplier(
+        epsilon=whole,
+        delta=mechanism.accounting_delta,
+        sample_rate=mechanism.sample_rate,
+        steps=steps,
+    )
+    rows.append(("noise of the steps without it", f"{least:.4f} for the same epsilon"))
+    return rows
+
+
+def _memory_rows(config: Config) -> Rows:
+    parameters = trainable_parameters(config)
+    if parameters is None:
+        return [("trainable parameters", "known when model.init is loaded")]
+    needed = parameters * _BYTES_PER_PARAMETER / 2**20
+    return [
+        ("trainable parameters", f"{parameters:,} and the rows of the classes"),
+        ("beside the model and its activations", f"{needed:,.1f} MiB per worker"),
+    ]
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "outside its range"
+
+
+def _show(console: rich.console.Console, title: str, rows: Rows) -> None:
+    table = rich.table.Table(
+        box=rich.box.SIMPLE, show_header=False, title=title, title_justify="left"
+    )
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    for name, value in rows:
+        table.add_row(rich.markup.escape(name), rich.markup.escape(value))
+    console.print(table)

@@ -1,0 +1,322 @@
+"""Accounting against closed forms, independent accountants and published operating points."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from dpldm_dist.errors import PrivacyError
+from dpldm_dist.privacy.accounting import (
+    LARGEST_NOISE_MULTIPLIER,
+    SMALLEST_NOISE_MULTIPLIER,
+    GaussianEvent,
+    affordable_steps,
+    calibrate_noise_multiplier,
+    epsilon,
+    epsilon_curve,
+    epsilon_prv,
+    epsilon_rdp,
+)
+
+# (sample rate, steps, noise multiplier, delta) -> epsilon: settings of DP-LDM's experiments and
+# edges, by dp-accounting's PLD on a fixed grid of 3e-5 or finer (not the grid `epsilon` picks).
+GOLDEN = {
+    (0.04, 750, 0.858, 1e-5): 9.98541,
+    (0.04, 750, 0.8578, 1e-5): 9.99053,
+    (0.04, 750, 4.243, 1e-5): 0.98969,
+    (0.1, 100, 3.98, 1e-5): 0.98866,
+    (0.0125, 4000, 3.477, 1e-6): 0.98898,
+    (0.05, 1400, 1.245, 1e-6): 9.98916,
+    (1 / 30, 6000, 1.47, 1e-5): 10.00887,
+    (0.0127, 3950, 0.839, 1e-6): 7.92216,
+    (0.0094, 106, 0.4275, 1e-5): 9.96837,
+    (0.2, 1000, 23.87, 1e-5): 0.98971,
+}
+AGREEMENT = {"rel": 0.005, "abs": 0.005}  # asked of two accountants that work differently
+
+
+def golden_event(setting):
+    rate, steps, sigma, delta = setting
+    return GaussianEvent(sigma, rate, steps), delta
+
+
+def gaussian_epsilon(sigma, delta, *, sensitivity=1.0):
+    """Exact epsilon of one Gaussian release. Balle and Wang (2018), arXiv 1805.06530, Theorem 8."""
+    ratio = sensitivity / sigma
+
+    def excess(eps):
+        tail = math.exp(eps + norm.logcdf(-ratio / 2 - eps / ratio))
+        return norm.cdf(ratio / 2 - eps / ratio) - tail - delta
+
+    return brentq(excess, 0, 200, xtol=1e-12) if excess(0) > 0 else 0.0
+
+
+def one_step_epsilon(sigma, rate, delta, *, lower):
+    """Exact epsilon of one step: (1 - q) N(0) + q N(1) against (1 - q) N(0) + q N(lower).
+
+    The likelihood ratio grows with x, so the worst event is a half line.
+    """
+
+    def log_density(x, mode):
+        return math.log((1 - rate) * norm.pdf(x, 0, sigma) + rate * norm.pdf(x, mode, sigma))
+
+    def mass_above(x, mode):
+        return (1 - rate) * norm.sf(x, 0, sigma) + rate * norm.sf(x, mode, sigma)
+
+    def excess(eps):
+        def loss(x):
+            return log_density(x, 1.0) - log_density(x, lower) - eps
+
+        if loss(30 * sigma) < 0:
+            return -delta
+        cut = brentq(loss, -30 * sigma, 30 * sigma, xtol=1e-13)
+        return mass_above(cut, 1.0) - math.exp(eps) * mass_above(cut, lower) - delta
+
+    return brentq(excess, 1e-9, 100, xtol=1e-10)
+
+
+# --- closed forms -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 25])
+@pytest.mark.parametrize("sigma", [0.7, 4.0, 50.0])
+def test_without_subsampling_epsilon_is_that_of_the_gaussian_mechanism(sigma, count):
+    exact = gaussian_epsilon(sigma / math.sqrt(count), 1e-5)
+    found = epsilon([GaussianEvent(sigma, 1.0, count)], 1e-5)
+    assert exact - 1e-9 <= found <= exact * 1.001 + 1e-4
+
+
+@pytest.mark.parametrize("sigma", [0.7, 4.0, 50.0])
+def test_replacing_a_record_without_subsampling_is_twice_the_sensitivity(sigma):
+    exact = gaussian_epsilon(sigma, 1e-5, sensitivity=2.0)
+    found = epsilon([GaussianEvent(sigma, 1.0)], 1e-5, relation="replace_one")
+    assert exact - 1e-9 <= found <= exact * 1.001 + 1e-4
+
+
+@pytest.mark.parametrize(("sigma", "rate"), [(0.6, 0.04), (1.0, 0.3), (0.5, 0.01)])
+@pytest.mark.parametrize(("relation", "lower"), [("add_or_remove_one", 0.0), ("replace_one", -1.0)])
+def test_one_subsampled_step_costs_what_its_own_pair_of_distributions_says(
+    sigma, rate, relation, lower
+):
+    exact = one_step_epsilon(sigma, rate, 1e-4, lower=lower)
+    found = epsilon([GaussianEvent(sigma, rate)], 1e-4, relation=relation)
+    assert exact - 1e-6 <= found <= exact * 1.001 + 1e-4
+
+
+# --- golden settings and independent accountants ----------------------------------------------
+
+
+@pytest.mark.parametrize("setting", GOLDEN, ids=str)
+def test_pld_agrees_with_its_golden_value_and_with_two_other_accountants(setting):
+    event, delta = golden_event(setting)
+    found = epsilon([event], delta)
+    assert found == pytest.approx(GOLDEN[setting], rel=1e-4)
+    assert epsilon_prv([event], delta) == pytest.approx(found, **AGREEMENT)
+    assert found < epsilon_rdp([event], delta) < 1.25 * found
+
+
+def test_replace_one_is_its_own_number():
+    event = GaussianEvent(4.243, 0.04, 750)
+    replaced = epsilon([event], 1e-5, relation="replace_one")
+    assert replaced == pytest.approx(2.0645, rel=1e-3)
+    # group privacy bounds it: removing, then adding, at epsilon e costs (2e, (1 + e^e) delta)
+    half = epsilon([event], 1e-5 / (1 + math.exp(replaced / 2)))
+    assert epsilon([event], 1e-5) < replaced < 2 * half
+
+
+def test_a_tiny_rate_gets_a_grid_fine_enough_for_it():
+    # 0.085 on a grid of 1e-3, 0.0400 on 1e-4, 0.0380 on 1e-5
+    assert epsilon([GaussianEvent(1.0, 1e-4, 10_000)], 1e-5) == pytest.approx(0.0380, abs=5e-4)
+
+
+def test_a_release_over_all_records_adds_to_the_steps():
+    steps, release = GaussianEvent(0.858, 0.04, 750), GaussianEvent(10.0, 1.0)
+    both = epsilon([steps, release], 1e-5)
+    assert both == pytest.approx(9.99901, rel=1e-4)
+    assert epsilon([steps], 1e-5) < both < epsilon([steps], 1e-5) + epsilon([release], 1e-5)
+    assert epsilon_prv([steps, release], 1e-5) == pytest.approx(both, **AGREEMENT)
+
+
+def test_events_of_different_kinds_compose():
+    events = [
+        GaussianEvent(0.858, 0.04, 500),
+        GaussianEvent(1.0, 0.02, 300),
+        GaussianEvent(2.0, 0.1),
+    ]
+    found = epsilon(events, 1e-5)
+    assert epsilon_prv(events, 1e-5) == pytest.approx(found, **AGREEMENT)
+    assert max(epsilon([event], 1e-5) for event in events) < found < epsilon_rdp(events, 1e-5)
+
+
+def test_only_the_total_count_of_a_kind_matters():
+    split = [GaussianEvent(2.0, 0.04, 30), GaussianEvent(3.0, 1.0), GaussianEvent(2.0, 0.04, 70)]
+    merged = [GaussianEvent(2.0, 0.04, 100), GaussianEvent(3.0, 1.0)]
+    assert epsilon(split, 1e-5) == epsilon(merged, 1e-5)
+
+
+def test_steps_repeated_after_a_crash_are_paid_for():
+    once = epsilon([GaussianEvent(0.9806, 0.04, 1250)], 1e-5)
+    with_a_tenth_again = epsilon([GaussianEvent(0.9806, 0.04, 1375)], 1e-5)
+    assert (once, with_a_tenth_again) == (
+        pytest.approx(9.99, abs=0.01),
+        pytest.approx(10.54, abs=0.02),
+    )
+
+
+def test_fresh_noise_on_the_same_batch_is_no_second_step():
+    # its event is (q, sigma / sqrt 2), dearer than two steps: why a restart draws fresh coins too
+    others = GaussianEvent(0.6, 0.01, 99)
+    repeated = epsilon([others, GaussianEvent(0.6 / math.sqrt(2), 0.01)], 1e-5)
+    assert repeated > epsilon([others, GaussianEvent(0.6, 0.01, 2)], 1e-5) + 1.0
+
+
+def test_nothing_released_costs_nothing():
+    for accountant in (epsilon, epsilon_rdp, epsilon_prv):
+        assert accountant([], 1e-5) == 0.0
+        assert accountant([GaussianEvent(1.0, 0.5, count=0)], 1e-5) == 0.0
+
+
+def test_hopeless_noise_costs_infinity_at_once():
+    started = time.perf_counter()
+    for event in (GaussianEvent(1e-3, 0.5), GaussianEvent(0.05, 0.001, 1_000_000)):
+        assert epsilon([event], 1e-5) == math.inf
+        assert epsilon_prv([event], 1e-5) == math.inf
+    assert time.perf_counter() - started < 10  # a hang, not a benchmark
+
+
+# --- calibration ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "delta", "rate", "steps", "others"),
+    [
+        (10.0, 1e-5, 0.04, 750, ()),
+        (1.0, 1e-5, 0.04, 750, ()),
+        (1.0, 1e-5, 0.2, 1000, ()),
+        (0.1, 1e-6, 0.0125, 300, ()),
+        (10.0, 1e-5, 0.04, 750, (GaussianEvent(10.0, 1.0),)),
+        (3.0, 1e-5, 1.0, 1, ()),
+    ],
+)
+def test_calibrated_noise_meets_the_budget_and_wastes_next_to_none(
+    target, delta, rate, steps, others
+):
+    sigma = calibrate_noise_multiplier(
+        epsilon=target, delta=delta, sample_rate=rate, steps=steps, others=others
+    )
+    assert sigma == round(sigma, 4)
+    assert epsilon([GaussianEvent(sigma, rate, steps), *others], delta) <= target
+    less = sigma * 0.999 - 2e-4
+    assert epsilon([GaussianEvent(less, rate, steps), *others], delta) > target
+
+
+def test_the_budget_pays_for_exactly_the_steps_it_was_calibrated_for():
+    sigma = calibrate_noise_multiplier(epsilon=1.0, delta=1e-5, sample_rate=0.04, steps=100)
+    event = GaussianEvent(sigma, 0.04)
+    affordable = affordable_steps(event, spent=(), epsilon=1.0, delta=1e-5)
+    assert affordable == 100
+    assert (
+        affordable_steps(event, spent=[GaussianEvent(sigma, 0.04, 40)], epsilon=1.0, delta=1e-5)
+        == 60
+    )
+    release = GaussianEvent(20.0, 1.0)
+    after_release = affordable_steps(event, spent=[release], epsilon=1.0, delta=1e-5)
+    assert 0 < after_release < 100
+    assert epsilon([GaussianEvent(sigma, 0.04, after_release), release], 1e-5) <= 1.0
+    assert epsilon([GaussianEvent(sigma, 0.04, after_release + 1), release], 1e-5) > 1.0
+
+
+def test_a_spent_budget_affords_nothing():
+    spent = [GaussianEvent(1.0, 0.04, 1000)]
+    assert affordable_steps(GaussianEvent(50.0, 0.01), spent=spent, epsilon=1.0, delta=1e-5) == 0
+    assert affordable_steps(GaussianEvent(0.5, 1.0), spent=(), epsilon=1.0, delta=1e-5) == 0
+
+
+def test_a_generous_budget_gets_the_smallest_noise_in_use():
+    sigma = calibrate_noise_multiplier(epsilon=4000.0, delta=1e-5, sample_rate=1e-3, steps=1)
+    assert sigma == SMALLEST_NOISE_MULTIPLIER
+
+
+def test_a_budget_that_no_noise_meets_is_refused_with_the_bound():
+    with pytest.raises(PrivacyError, match=f"at most {LARGEST_NOISE_MULTIPLIER:g}"):
+        calibrate_noise_multiplier(epsilon=1e-4, delta=1e-9, sample_rate=1.0, steps=100_000)
+
+
+def test_a_budget_used_up_by_the_other_releases_is_refused():
+    with pytest.raises(PrivacyError, match="releases beside the steps"):
+        calibrate_noise_multiplier(
+            epsilon=1.0, delta=1e-5, sample_rate=0.04, steps=10, others=[GaussianEvent(1.0, 1.0)]
+        )
+
+
+def test_the_curve_rises_to_the_whole_cost():
+    event, release = GaussianEvent(1.0, 0.02), GaussianEvent(10.0, 1.0)
+    curve = epsilon_curve(event, others=[release], delta=1e-5, steps=[0, 10, 100, 200])
+    assert curve == sorted(curve)
+    assert curve[0] == epsilon([release], 1e-5)
+    assert curve[-1] == epsilon([GaussianEvent(1.0, 0.02, 200), release], 1e-5)
+
+
+# --- hostile input ----------------------------------------------------------------------------
+
+NOT_NUMBERS = [math.nan, math.inf, -math.inf, "1", None, True, 1j]
+
+
+def refused_quickly(match, function, *arguments, **options):
+    started = time.perf_counter()
+    with pytest.raises(PrivacyError, match=match) as caught:
+        function(*arguments, **options)
+    assert time.perf_counter() - started < 1.0
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, 0.0, -1.0], ids=repr)
+def test_noise_that_is_none_is_refused(value):
+    refused_quickly("noise_multiplier", GaussianEvent, value, 0.5)
+
+
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, 0.0, -0.1, 1.5], ids=repr)
+def test_a_rate_that_is_no_probability_is_refused(value):
+    refused_quickly("sample_rate", GaussianEvent, 1.0, value)
+
+
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, -1, 1.5, 10**7], ids=repr)
+def test_a_count_that_is_no_count_is_refused(value):
+    refused_quickly("count", GaussianEvent, 1.0, 0.5, value)
+
+
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, 0.0, 1.0, -1e-5, 2.0], ids=repr)
+@pytest.mark.parametrize("accountant", [epsilon, epsilon_rdp, epsilon_prv])
+def test_a_delta_out_of_range_is_refused(accountant, value):
+    refused_quickly("delta", accountant, [GaussianEvent(1.0, 0.5)], value)
+
+
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, 0.0, -1.0], ids=repr)
+def test_a_budget_that_is_none_is_refused(value):
+    event = GaussianEvent(1.0, 0.5)
+    refused_quickly(
+        "epsilon", calibrate_noise_multiplier, epsilon=value, delta=1e-5, sample_rate=0.1, steps=10
+    )
+    refused_quickly("epsilon", affordable_steps, event, spent=(), epsilon=value, delta=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("sample_rate", math.nan), ("steps", 0), ("steps", 0.5), ("delta", 0.0)]
+)
+def test_a_calibration_out_of_range_is_refused(option, value):
+    good = {"epsilon": 1.0, "delta": 1e-5, "sample_rate": 0.1, "steps": 10}
+    refused_quickly(option, calibrate_noise_multiplier, **{**good, option: value})
+
+
+def test_an_unknown_relation_or_event_is_refused():
+    refused_quickly("relation", epsilon, [GaussianEvent(1.0, 0.5)], 1e-5, relation="gdp")
+    refused_quickly("expected GaussianEvent", epsilon, [(1.0, 0.5, 1)], 1e-5)
+
+
+def test_more_releases_than_can_be_counted_are_refused():
+    many = [GaussianEvent(1.0, 0.5, 10**6), GaussianEvent(1.0, 0.5, 1)]
+    refused_quickly("count", epsilon, many, 1e-5)
