@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dpldm_dist.errors import ConfigError
+from dpldm_dist.errors import ConfigError, RunError
 
 
 class _Section(BaseModel):
@@ -206,7 +206,9 @@ class SampleConfig(_Section):
     batch: int = Field(250, ge=1)
     """Images per forward pass: never changes the result beyond rounding."""
     formats: tuple[Literal["png", "webdataset", "npz"], ...] = ("png", "npz")
-    weights: Literal["ema", "last"] = "ema"
+    generator: Literal["diffusion", "gaussian"] = "diffusion"
+    """What draws latents: the diffusion model, or the released Gaussian of each class, the baseline
+    that a diffusion run must beat (needs finetune.statistics_noise)."""
     model: Path | None = None
     """Model directory to sample from. None: the released model of the run."""
     out: Path | None = None
@@ -224,6 +226,8 @@ class EvaluateConfig(_Section):
     classifier_width: int = Field(16, ge=1)
     images: int = Field(2000, ge=2)
     """Most images used for each score."""
+    compare: dict[str, Path] = {}
+    """Further folders of samples to score under the same protocol, by name."""
     samples: Path | None = None
     """Folder of samples to score. None: those of ``sample.out``, or of the run."""
 
@@ -306,6 +310,19 @@ def with_changes(config: Config, **sections: dict[str, Any]) -> Config:
     for section, fields in sections.items():
         tree[section] = {**(tree[section] or {}), **fields}
     return parse_config(tree)
+
+
+def refuse_other_settings(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    """Raises: RunError naming the first setting (section.name) in which what lies in ``folder``
+    was made otherwise."""
+    for section, fields in wanted.items():
+        for name, value in fields.items():
+            old = found.get(section, {}).get(name)
+            if old != value:
+                raise RunError(
+                    f"{folder} was made with {section}.{name} = {old}, this config says {value}: "
+                    "restore the option, or use a new run.dir."
+                )
 
 
 def _assign(tree: dict[str, Any], assignment: str) -> None:

@@ -42,7 +42,8 @@ def grid_png(images_GCHW: np.ndarray, *, columns: int, least_side: int = 1) -> b
 def class_grid_png(
     images_NCHW: np.ndarray, labels_N: np.ndarray, *, classes: int, columns: int, rows: int = 20
 ) -> bytes:
-    """PNG with one row per class: its first ``columns`` images, grey where there are fewer."""
+    """PNG with one row per class: its first ``columns`` images, or all; grey where it has fewer."""
+    columns = min(columns, int(np.bincount(labels_N).max()))
     shape = (min(classes, rows), columns, *images_NCHW.shape[1:])
     cells = np.full(shape, 235, np.uint8)
     for label, row in enumerate(cells):

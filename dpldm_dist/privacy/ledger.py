@@ -214,6 +214,11 @@ class PrivacyLedger:
     def head(self) -> Head:
         return self._chain.head
 
+    @property
+    def run_id(self) -> str:
+        """Hex drawn when the ledger was created: a ledger made anew is another run."""
+        return self._chain.run_id
+
     def events(self) -> tuple[GaussianEvent, ...]:
         """All charges, one event per distinct noise multiplier and sample rate."""
         return self._chain.events
@@ -377,6 +382,10 @@ class SharedLedger:
     @property
     def head(self) -> Head:
         return _as_head(self._on_worker_0(lambda: self._here.head))
+
+    @property
+    def run_id(self) -> str:
+        return self._on_worker_0(lambda: self._here.run_id)
 
     def events(self) -> tuple[GaussianEvent, ...]:
         events = self._on_worker_0(lambda: [asdict(event) for event in self._here.events()])

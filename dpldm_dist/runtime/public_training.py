@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpldm_dist.config import RunConfig
+from dpldm_dist.config import RunConfig, refuse_other_settings
 from dpldm_dist.errors import ConfigError, RunError
 from dpldm_dist.models.ema import EMA
 from dpldm_dist.runtime.checkpoint import Checkpoints
@@ -195,15 +195,3 @@ def _order(total: int, epoch: int) -> np.ndarray:
 def step_generator(purpose: int, step: int) -> torch.Generator:
     """Public randomness of one step: a resumed training draws what an unbroken one draws."""
     return torch.Generator().manual_seed((purpose << 40) + step)
-
-
-def refuse_other_settings(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    """Raises: RunError naming the first setting (section.name) that differs."""
-    for section, fields in wanted.items():
-        for name, value in fields.items():
-            old = found.get(section, {}).get(name)
-            if old != value:
-                raise RunError(
-                    f"{folder} was made with {section}.{name} = {old}, this config says {value}: "
-                    "restore the option, or use a new run.dir."
-                )

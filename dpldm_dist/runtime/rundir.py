@@ -76,6 +76,11 @@ class RunDir:
         return self.public / "model"
 
     @property
+    def gaussian(self) -> Path:
+        """The released class means and covariance of the private latents, where there are any."""
+        return self.release / "gaussian.safetensors"
+
+    @property
     def released_model(self) -> Path:
         return self.release / "model"
 

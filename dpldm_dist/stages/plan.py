@@ -27,8 +27,9 @@ from dpldm_dist.privacy.accounting import (
     epsilon_prv,
     epsilon_rdp,
 )
-from dpldm_dist.privacy.plan import PrivacyPlan, make_plan
+from dpldm_dist.privacy.plan import PrivacyPlan
 from dpldm_dist.runtime.worker import Worker
+from dpldm_dist.stages.mechanism import plan_of, require_sections
 
 POINTS = 5  # of the curve, besides the start and the reserve
 # A trainable parameter beside the model itself: integer sum and its noise (8 bytes each), gradient,
@@ -85,31 +86,13 @@ def describe(config: Config) -> list[str]:
 
 def mechanism_of(config: Config) -> PrivacyPlan:
     """The plan of ``config`` for its declared records. Raises: ConfigError, PrivacyError."""
-    if config.privacy is None or config.finetune is None:
-        missing = "privacy" if config.privacy is None else "finetune"
-        raise ConfigError(
-            f"[{missing}] is missing: a plan needs the sections privacy and finetune."
-        )
+    require_sections(config)
     if config.privacy.records is None:
         raise ConfigError(
             "privacy.records is not set: plan reads no data, so set it to the number of private "
             "records that you declare to the public."
         )
-    return make_plan(
-        epsilon=config.privacy.epsilon,
-        delta=config.privacy.delta,
-        clip_norm=config.privacy.clip_norm,
-        records=config.privacy.records,
-        batch=config.finetune.batch,
-        steps=config.finetune.steps,
-        draws=config.finetune.draws,
-        reserve_steps=config.privacy.reserve_steps,
-        noise_multiplier=config.privacy.noise_multiplier,
-        statistics_noise=config.finetune.statistics_noise,
-        unit=config.privacy.unit,
-        lanes=config.privacy.lanes,
-        microbatch=config.run.microbatch,
-    )
+    return plan_of(config, records=config.privacy.records)
 
 
 def cost_of(mechanism: PrivacyPlan) -> Cost:

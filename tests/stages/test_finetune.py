@@ -22,8 +22,9 @@ from dpldm_dist.runtime.launch import Job, launch
 from dpldm_dist.runtime.rundir import RunDir
 from dpldm_dist.runtime.worker import solo_worker
 from dpldm_dist.stages.finetune import describe, finetune
-from dpldm_dist.stages.finetune.preparation import plan_of, trainable_model
+from dpldm_dist.stages.finetune.preparation import trainable_model
 from dpldm_dist.stages.finetune.private_data import PrivateData
+from dpldm_dist.stages.mechanism import plan_of
 from tests.stages.tiny_run import (
     SHARD_RECORDS,
     TEST_KEY,
@@ -306,3 +307,17 @@ def test_nothing_private_lies_outside_the_private_folder_or_is_printed(root, tmp
 def test_the_command_line_names_the_missing_section(tmp_path, capsys):
     assert main(["finetune", "--set", f"run.dir={tmp_path}"]) == 2
     assert "[privacy] is missing" in capsys.readouterr().err
+
+
+def test_a_ledger_that_was_removed_and_made_anew_never_repeats_its_noise(root):
+    config = settings(root, "no-ledger", finetune={"steps": 3})
+    assert crash(config, "after the release:1").returncode == -9
+    directory = RunDir(config.run.dir)
+    directory.ledger.unlink()
+    for folder in directory.checkpoints.iterdir():
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+    assert crash(config, "nowhere:0").returncode == 0
+    released = trace(config)
+    assert len(released) > 4 and len({tuple(entry["head"]) for entry in released}) == len(released)

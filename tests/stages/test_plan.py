@@ -19,7 +19,6 @@ from dpldm_dist.models.trainable import select_trainable
 from dpldm_dist.models.unet import build_unet
 from dpldm_dist.privacy.accounting import GaussianEvent, epsilon
 from dpldm_dist.runtime.worker import solo_worker
-from dpldm_dist.stages.finetune.preparation import plan_of
 from dpldm_dist.stages.plan import (
     Cost,
     cost_of,
@@ -39,11 +38,6 @@ def config_with(**sections):
         }
     )
     return with_changes(config, **sections)
-
-
-def test_plan_shows_what_finetune_would_do():
-    config = config_with(finetune={"statistics_noise": 15.0}, privacy={"reserve_steps": 5})
-    assert mechanism_of(config) == plan_of(config, records=2000)
 
 
 def test_plan_prints_the_cost_by_every_accountant_and_relation(capsys):

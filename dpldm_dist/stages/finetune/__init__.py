@@ -23,16 +23,16 @@ from dpldm_dist.runtime.worker import Worker
 from dpldm_dist.stages.finetune.preparation import (
     declared_records,
     genesis,
-    plan_of,
+    mechanism_key,
     prepare_model,
     public_model_dir,
     release_statistics,
-    require_sections,
     trainable_model,
 )
 from dpldm_dist.stages.finetune.private_data import PrivateData
 from dpldm_dist.stages.finetune.publication import finished, publish
 from dpldm_dist.stages.finetune.state import TrainingState
+from dpldm_dist.stages.mechanism import plan_of, require_sections
 
 
 def finetune(config: Config, worker: Worker) -> Manifest:
@@ -52,15 +52,15 @@ def finetune(config: Config, worker: Worker) -> Manifest:
     public = load_model(public_model_dir(config, run))
     latents = LatentShards(dataset_dir(config, "private", "latents"))
     plan = plan_of(config, records=declared_records(config, latents))
-    key = worker.collective.broadcast_bytes(
+    run_key = worker.collective.broadcast_bytes(
         run.run_key(config.run.unsafe_test_key) if worker.rank == 0 else None
     )
     denoiser, parameters = trainable_model(config, public, latents, worker)
-    ledger = SharedLedger.open(
-        run.ledger, genesis(config, plan, key, latents, parameters), collective=worker.collective
-    )
+    opening = genesis(config, plan, run_key, latents, parameters)
+    ledger = SharedLedger.open(run.ledger, opening, collective=worker.collective)
     with closing(ledger):
         attempt = ledger.open_attempt()
+        key = mechanism_key(config, run_key, ledger)
         progress = Progress(run.progress, worker=worker)
 
         state = TrainingState(config, plan, key, attempt, denoiser, parameters, worker)
@@ -88,7 +88,7 @@ def finetune(config: Config, worker: Worker) -> Manifest:
                 if state.step % config.run.checkpoint_every == 0 or state.step == last:
                     state.save(checkpoints, ledger)
         progress.done()
-        return publish(config, plan, run, public, latents, state, ledger, key, worker)
+        return publish(config, plan, run, public, latents, state, ledger, opening["data"], worker)
 
 
 def describe(config: Config) -> list[str]:

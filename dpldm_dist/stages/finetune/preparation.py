@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dpldm_dist.config import Config
@@ -25,43 +24,13 @@ from dpldm_dist.models.warmup import balanced_grad_scale, fit_to_gaussian
 from dpldm_dist.privacy import statistics
 from dpldm_dist.privacy.ledger import SharedLedger
 from dpldm_dist.privacy.optimizer import NoisySum
-from dpldm_dist.privacy.plan import PrivacyPlan, make_plan
-from dpldm_dist.privacy.randomness import commitment
+from dpldm_dist.privacy.plan import PrivacyPlan
+from dpldm_dist.privacy.randomness import commitment, derive_key
 from dpldm_dist.privacy.sampling import Lanes
 from dpldm_dist.privacy.statistics import LatentStatistics
 from dpldm_dist.runtime.rundir import RunDir, dataset_dir
 from dpldm_dist.runtime.tracking import Progress
 from dpldm_dist.runtime.worker import Worker
-
-GAUSSIAN = "gaussian.safetensors"
-
-
-def require_sections(config: Config) -> None:
-    """Raises: ConfigError if the config lacks the numbers of private training."""
-    for section in ("privacy", "finetune"):
-        if getattr(config, section) is None:
-            raise ConfigError(
-                f"[{section}] is missing from the config: expected its numbers for private training."
-            )
-
-
-def plan_of(config: Config, *, records: int) -> PrivacyPlan:
-    """The plan that a config describes for ``records`` declared records. Raises: PrivacyError."""
-    return make_plan(
-        epsilon=config.privacy.epsilon,
-        delta=config.privacy.delta,
-        clip_norm=config.privacy.clip_norm,
-        records=records,
-        batch=config.finetune.batch,
-        steps=config.finetune.steps,
-        draws=config.finetune.draws,
-        reserve_steps=config.privacy.reserve_steps,
-        noise_multiplier=config.privacy.noise_multiplier,
-        statistics_noise=config.finetune.statistics_noise,
-        unit=config.privacy.unit,
-        lanes=config.privacy.lanes,
-        microbatch=config.run.microbatch,
-    )
 
 
 def declared_records(config: Config, latents: LatentShards) -> int:
@@ -104,6 +73,17 @@ def genesis(
         "data": commitment(key, "latents", latents.manifest.digest.encode()),
         "claim": has_claim(config),
     }
+
+
+def mechanism_key(config: Config, key: bytes, ledger: SharedLedger) -> bytes:
+    """The key of coins, draws and noise: of this run key *and* this ledger.
+
+    Formal guarantees: a ledger that was removed and made anew counts its attempts from 1 again, but
+    none of its noise is that of the old one, so no noise is ever added to two different sums.
+    """
+    if config.run.unsafe_test_key is not None:  # no claim: tests compare runs of equal keys
+        return key
+    return derive_key(key, f"mechanism of {ledger.run_id}")
 
 
 def public_model_dir(config: Config, run: RunDir) -> Path:
@@ -192,7 +172,7 @@ def release_statistics(
     )
     gaussian = LatentGaussian(means_ND, covariance_DD, latents.latent_shape)
     if worker.rank == 0:
-        save_file(gaussian.tensors(), run.release / GAUSSIAN)
+        gaussian.save(run.gaussian)
     return gaussian
 
 

@@ -13,10 +13,9 @@ from dpldm_dist.data.manifest import MANIFEST, Manifest, describe_files
 from dpldm_dist.models.directory import LoadedModel, save_model
 from dpldm_dist.privacy.ledger import SharedLedger
 from dpldm_dist.privacy.plan import PrivacyPlan
-from dpldm_dist.privacy.randomness import commitment
 from dpldm_dist.runtime.rundir import RunDir, dataset_dir
 from dpldm_dist.runtime.worker import Worker
-from dpldm_dist.stages.finetune.preparation import GAUSSIAN, has_claim
+from dpldm_dist.stages.finetune.preparation import has_claim
 from dpldm_dist.stages.finetune.state import TrainingState, settings_of
 
 
@@ -37,10 +36,13 @@ def publish(
     latents: LatentShards,
     state: TrainingState,
     ledger: SharedLedger,
-    key: bytes,
+    data: str,
     worker: Worker,
 ) -> Manifest:
-    """Write ``release/model`` from the averaged weights, then ``release/manifest.json``."""
+    """Write ``release/model`` from the averaged weights, then ``release/manifest.json``.
+
+    ``data``: the commitment to the private latents that the ledger was opened with.
+    """
     state.ema.copy_to()
     facts = _facts(config, plan, latents, state, ledger)
     if worker.rank == 0:
@@ -55,14 +57,14 @@ def publish(
             text_encoder_from=public.folder if public.has_text_encoder else None,
         )
         found = [path for path in run.released_model.rglob("*") if path.is_file()]
-        found += [path for path in [run.release / GAUSSIAN] if path.is_file()]
+        found += [path for path in [run.gaussian] if path.is_file()]
         names = sorted(str(path.relative_to(run.release)) for path in found)
         Manifest(
             kind="model",
             facts=facts,
             files=describe_files(run.release, names),
             config=settings_of(config),
-            parents=_parents(config, public, latents, key),
+            parents=_parents(config, public, data),
         ).write(run.release)
     worker.collective.barrier()
     return Manifest.read(run.release, "model")
@@ -93,12 +95,9 @@ def _facts(
     }
 
 
-def _parents(
-    config: Config, public: LoadedModel, latents: LatentShards, key: bytes
-) -> dict[str, str]:
+def _parents(config: Config, public: LoadedModel, data: str) -> dict[str, str]:
     """Public parents by the SHA-256 of their manifests, private ones by a keyed commitment."""
-    secret = commitment(key, "latents", latents.manifest.digest.encode())
-    parents = {"private latents (commitment)": secret}
+    parents = {"private latents (commitment)": data}
     places = {
         "public model": public.folder,
         "autoencoder": RunDir(config.run.dir).autoencoder,
