@@ -51,8 +51,9 @@ def demo(config: Config, worker: Worker) -> None:
     if config.privacy is None or config.finetune is None:
         raise ConfigError("The demo needs a config with [privacy] and [finetune]: --config configs/demo.toml.")
     run, started = RunDir(config.run.dir), time.monotonic()
-    with run.create().lock(), show_progress(run.progress):
-        jobs = _jobs(config)
+    jobs = _jobs(config)
+    progress = dict.fromkeys(RunDir(job.config.run.dir).progress for job in jobs)
+    with run.create().lock(), show_progress(*progress):
         for job in jobs:
             RunDir(job.config.run.dir).create()
         launch([Job(prepare, config)], run=with_changes(config, run={"launcher": "local", "workers": 1}).run)

@@ -178,16 +178,17 @@ class Progress:
 
 
 @contextmanager
-def show_progress(path: Path) -> Iterator[None]:
-    """In the driver: draw the progress in ``path`` on stderr while the body runs.
+def show_progress(*paths: Path) -> Iterator[None]:
+    """In the driver: draw the progress in ``paths`` on stderr while the body runs.
 
     A bar with the time left on a terminal, else a line when something begins or ends and every
-    15 s. What ``path`` says before the body begins is old and not shown.
+    15 s. What ``paths`` say before the body begins is old and not shown.
     """
     console = rich.console.Console(file=sys.stderr)
     view = _Bars(console) if console.is_terminal else _Lines()
     stop = threading.Event()
-    thread = threading.Thread(target=_follow, args=(path, _stamp(path), view, stop), daemon=True)
+    seen = {path: _stamp(path) for path in paths}
+    thread = threading.Thread(target=_follow, args=(seen, view, stop), daemon=True)
     thread.start()
     try:
         yield
@@ -211,19 +212,22 @@ def _stamp(path: Path) -> _Stamp | None:
     return _Stamp(found.st_ino, found.st_mtime_ns)
 
 
-def _follow(path: Path, last: _Stamp | None, view: _Bars | _Lines, stop: threading.Event) -> None:
+def _follow(
+    seen: dict[Path, _Stamp | None], view: _Bars | _Lines, stop: threading.Event
+) -> None:
     stopped = False
     while not stopped:
         stopped = stop.wait(_POLL_EVERY_S)  # and once more after the end
-        stamp = _stamp(path)
-        if stamp is None or stamp == last:
-            continue
-        last = stamp
-        try:
-            state = json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue
-        view.show(state)
+        for path, last in seen.items():
+            stamp = _stamp(path)
+            if stamp is None or stamp == last:
+                continue
+            seen[path] = stamp
+            try:
+                state = json.loads(path.read_text())
+            except (OSError, ValueError):
+                continue
+            view.show(state)
 
 
 class _Bars:

@@ -39,11 +39,12 @@ from dpldm_dist.models.directory import LoadedModel, load_model
 from dpldm_dist.models.latent_gaussian import LatentGaussian
 from dpldm_dist.models.pixels import to_uint8
 from dpldm_dist.runtime.rundir import RunDir
-from dpldm_dist.runtime.tracking import Progress
+from dpldm_dist.runtime.tracking import Progress, Tracker
 from dpldm_dist.runtime.worker import Worker
 
 GRID_COLUMNS = 10
 SHARD_IMAGES = 1000
+TENSORBOARD_IMAGES = 50
 
 
 def sample(config: Config, worker: Worker) -> Manifest:
@@ -82,7 +83,11 @@ def sample(config: Config, worker: Worker) -> Manifest:
         progress.advance(min(number + worker.world_size, len(chunks)))
     worker.collective.barrier()
     if worker.rank == 0:
-        _publish(places, config, source, labels_N, len(chunks), settings, parents)
+        images_NCHW = _publish(places, config, source, labels_N, len(chunks), settings, parents)
+        if not places.private:
+            with Tracker(places.run.tensorboard / "sample", worker, start_step=0) as tracker:
+                shown = torch.from_numpy(images_NCHW[:TENSORBOARD_IMAGES]).float() / 255
+                tracker.images("samples/released", shown, step=0)
     worker.collective.barrier()
     progress.done()
     return Manifest.read(places.out, "samples")
@@ -355,8 +360,9 @@ def _publish(
     chunks: int,
     settings: dict[str, Any],
     parents: dict[str, str],
-) -> None:
-    """Join the chunks into the formats asked for, describe all files, and give it its name."""
+) -> np.ndarray:
+    """Join the chunks into the formats asked for, describe all files, and give the folder its name.
+    Returns the images, uint8 (N, C, H, W)."""
     part, private = places.part, places.private
     images_NCHW = np.concatenate(
         [np.load(_chunk_path(part, n), allow_pickle=False) for n in range(chunks)]
@@ -384,6 +390,7 @@ def _publish(
     manifest.write(part, private=private)
     _take_name(part, places.out)
     write_file(places.out.with_name(f"{places.out.name}.png"), grid, private=private)
+    return images_NCHW
 
 
 def _npz(images_NCHW: np.ndarray, labels_N: np.ndarray) -> bytes:
