@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 .PHONY: demo test lint bench clean
 
 demo: $(READY)
-	$(BIN)/dpldm demo
+	$(BIN)/dpldm demo --config configs/demo.toml
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"

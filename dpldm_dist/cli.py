@@ -30,12 +30,16 @@ COMMANDS = {
     "demo": Command("dpldm_dist.demo:demo", "the whole pipeline on real digits, in minutes"),
     "prepare": Command("dpldm_dist.stages.prepare:prepare", "images -> image shards"),
     "encode": Command("dpldm_dist.stages.encode:encode", "image shards -> latent shards", True),
-    "pretrain": Command("dpldm_dist.stages.pretrain:pretrain", "public latents -> public model", True),
+    "pretrain": Command(
+        "dpldm_dist.stages.pretrain:pretrain", "public latents -> public model", True
+    ),
     "finetune": Command(
         "dpldm_dist.stages.finetune:finetune", "private latents -> private model and ledger", True
     ),
     "sample": Command("dpldm_dist.stages.sample:sample", "private model -> synthetic images", True),
-    "evaluate": Command("dpldm_dist.stages.evaluate:evaluate", "score synthetic images (not private)", True),
+    "evaluate": Command(
+        "dpldm_dist.stages.evaluate:evaluate", "score synthetic images (not private)", True
+    ),
     "report": Command("dpldm_dist.stages.report:report", "the report that goes with a release"),
     "plan": Command("dpldm_dist.stages.plan:plan", "what a config would cost; touches no data"),
     "check": Command("dpldm_dist.stages.check:check", "test the machine, the disk and the workers"),
@@ -51,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dpldm {options.stage}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"dpldm {options.stage}: interrupted. Give the same command to go on.", file=sys.stderr)
+        print(
+            f"dpldm {options.stage}: interrupted. Give the same command to go on.", file=sys.stderr
+        )
         return 130
     return 0
 
@@ -69,7 +75,11 @@ def _parser() -> argparse.ArgumentParser:
         stage = stages.add_parser(name, help=command.summary, description=command.summary)
         stage.add_argument("--config", type=Path, metavar="FILE.toml", help="settings of the run")
         stage.add_argument(
-            "--set", action="append", default=[], metavar="section.key=value", help="change one setting"
+            "--set",
+            action="append",
+            default=[],
+            metavar="section.key=value",
+            help="change one setting",
         )
         stage.add_argument(
             "--dry-run", action="store_true", help="say what would be done; touch nothing"

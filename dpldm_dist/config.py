@@ -179,7 +179,7 @@ class FinetuneConfig(_Section):
     """Standard deviation of the logarithm of the noise level. None: uniform diffusion times."""
     embedder_grad_scale: float | Literal["auto"] = "auto"
     """Factor on the conditioning embedder's gradient before clipping (a fixed linear change of
-    variable). "auto": set on public data so that its share of the squared norm is one half."""
+    variable). "auto": set on public or released latents so that its share of the squared norm is one half."""
     statistics_noise: float | None = Field(None, gt=0)
     """Noise multiplier of one release of class means and covariance of the private latents,
     charged to the same budget. None: no release, no warm-up, no Gaussian baseline."""
@@ -255,7 +255,8 @@ class RunConfig(_Section):
     unsafe_test_key: str | None = None
     """Hex of a fixed key, for tests: the run has no privacy claim."""
     unsafe_no_noise: bool = False
-    """Train without noise, for comparison: no privacy claim, results stay in ``private/``."""
+    """Train without noise, for comparison: no privacy claim. ``dir`` must lie below a folder named
+    private with mode 0700."""
 
 
 class Config(_Section):
@@ -365,7 +366,11 @@ def _known_keys(loc: Sequence[Any]) -> list[str]:
     for part in loc:
         annotation = section.model_fields[part].annotation
         section = next(
-            (kind for kind in (annotation, *getattr(annotation, "__args__", ())) if hasattr(kind, "model_fields")),
+            (
+                kind
+                for kind in (annotation, *getattr(annotation, "__args__", ()))
+                if hasattr(kind, "model_fields")
+            ),
             Config,
         )
     return list(section.model_fields)

@@ -49,14 +49,25 @@ def demo(config: Config, worker: Worker) -> None:
     Raises: ConfigError if the config has no private training, and whatever the stages raise.
     """
     if config.privacy is None or config.finetune is None:
-        raise ConfigError("The demo needs a config with [privacy] and [finetune]: --config configs/demo.toml.")
+        raise ConfigError(
+            "The demo needs a config with [privacy] and [finetune]: --config configs/demo.toml."
+        )
+    for which in (config.data.private, config.data.heldout):
+        if not (which.source or "").startswith("builtin:digits") or which.images or which.latents:
+            raise ConfigError(
+                "The demo prints scores on its private data, so data.private and data.heldout must be "
+                "builtin:digits and builtin:digits-heldout. For your own data run the stages."
+            )
     run, started = RunDir(config.run.dir), time.monotonic()
     jobs = _jobs(config)
     progress = dict.fromkeys(RunDir(job.config.run.dir).progress for job in jobs)
     with run.create().lock(), show_progress(*progress):
         for job in jobs:
             RunDir(job.config.run.dir).create()
-        launch([Job(prepare, config)], run=with_changes(config, run={"launcher": "local", "workers": 1}).run)
+        launch(
+            [Job(prepare, config)],
+            run=with_changes(config, run={"launcher": "local", "workers": 1}).run,
+        )
         launch(jobs, run=config.run)
     metrics = _metrics(config, run, seconds_total=time.monotonic() - started)
     (run.root / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -143,7 +154,10 @@ def _metrics(config: Config, run: RunDir, *, seconds_total: float) -> dict[str, 
         "accuracy_ceiling": scores[REAL]["accuracy"],
         "accuracy_autoencoder": scores[ROUND_TRIP]["accuracy"],
         "scores": scores,
-        "plan": {k: facts[k] for k in ("records", "sample_rate", "steps", "noise_multiplier", "clip_norm")},
+        "plan": {
+            k: facts[k]
+            for k in ("records", "sample_rate", "steps", "noise_multiplier", "clip_norm")
+        },
         "seconds_total": round(seconds_total, 1),
         "seconds_by_stage": stage_seconds(run),
         "note": NOTE,
@@ -152,7 +166,9 @@ def _metrics(config: Config, run: RunDir, *, seconds_total: float) -> dict[str, 
 
 def _show(run: RunDir, metrics: dict[str, Any]) -> None:
     console = rich.console.Console()
-    table = rich.table.Table(title=f"epsilon = {metrics['epsilon']:.3f}, delta = {metrics['delta']:g}")
+    table = rich.table.Table(
+        title=f"epsilon = {metrics['epsilon']:.3f}, delta = {metrics['delta']:g}"
+    )
     table.add_column("trained on")
     table.add_column("accuracy on held-out digits", justify="right")
     extractors = list(metrics["scores"][SYNTHETIC]["fid"])
@@ -161,9 +177,13 @@ def _show(run: RunDir, metrics: dict[str, Any]) -> None:
     for name in (SYNTHETIC, GAUSSIAN, FLOOR, NO_NOISE, ROUND_TRIP, REAL):
         score = metrics["scores"][name]
         fids = [f"{score['fid'][extractor]:.1f}" for extractor in extractors]
-        table.add_row(name, f"{score['accuracy']:.3f}", *fids, style="bold" if name == SYNTHETIC else "")
+        table.add_row(
+            name, f"{score['accuracy']:.3f}", *fids, style="bold" if name == SYNTHETIC else ""
+        )
     console.print(table)
-    console.print(_line("seconds", [f"{k} {v:.0f}" for k, v in metrics["seconds_by_stage"].items()]))
+    console.print(
+        _line("seconds", [f"{k} {v:.0f}" for k, v in metrics["seconds_by_stage"].items()])
+    )
     places: dict[str, Path] = {
         "samples": run.release / "samples.png",
         "report": run.release / "report.html",

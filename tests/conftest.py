@@ -25,7 +25,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if os.environ.get("CI") and _skipped:
-        terminalreporter.write_line(f"Skipped although this is CI, which counts as a failure: {_skipped}")
+        terminalreporter.write_line(
+            f"Skipped although this is CI, which counts as a failure: {_skipped}"
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -53,7 +53,9 @@ def _next(results: Any, workers: list[Any]) -> tuple[int, Any]:
     raise AssertionError("no result within 120 s")
 
 
-def _work(rank: int, world_size: int, store: str, function: Any, arguments: Any, results: Any) -> None:
+def _work(
+    rank: int, world_size: int, store: str, function: Any, arguments: Any, results: Any
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

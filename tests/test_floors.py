@@ -39,7 +39,9 @@ def room(path: Path) -> str:
     return parts[0] if parts[0] != "__init__" else ""
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
+)
 def test_imports_point_down_only(path):
     here = room(path)
     for name in imports_of(path):
@@ -51,7 +53,9 @@ def test_imports_point_down_only(path):
         assert FLOOR[there] < FLOOR[here] or there == "", f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
+)
 def test_each_heavy_library_has_one_importer(path):
     place = str(path.relative_to(PACKAGE))
     for name in imports_of(path):
@@ -75,7 +79,11 @@ def calls_of(path: Path) -> list[tuple[str, set[str]]]:
     return [
         (
             ast.unparse(node.func),
-            {k.arg for k in node.keywords if isinstance(k.value, ast.Constant) and k.value.value is True},
+            {
+                k.arg
+                for k in node.keywords
+                if isinstance(k.value, ast.Constant) and k.value.value is True
+            },
         )
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call)

@@ -128,7 +128,12 @@ def test_every_stage_leaves_what_the_readme_names(root, shown):
 
 def test_each_stage_given_again_does_nothing(root, shown):
     run = root / "run"
-    kept = ("release/manifest.json", "release/report.html", "private/ledger.jsonl", "public/model/manifest.json")
+    kept = (
+        "release/manifest.json",
+        "release/report.html",
+        "private/ledger.jsonl",
+        "public/model/manifest.json",
+    )
     before = {name: (run / name).read_bytes() for name in kept}
     for stage in STAGES:
         assert dpldm_here(root, stage) == 0, stage
@@ -137,7 +142,12 @@ def test_each_stage_given_again_does_nothing(root, shown):
 
 def test_no_private_name_or_pixel_leaves_the_private_folder(root, shown):
     run = RunDir(root / "run")
-    canaries = [b"canary-private", b"canary-heldout", run.key.read_bytes(), run.key.read_bytes().hex().encode()]
+    canaries = [
+        b"canary-private",
+        b"canary-heldout",
+        run.key.read_bytes(),
+        run.key.read_bytes().hex().encode(),
+    ]
     private_images = [np.asarray(Image.open(path)) for path in (root / "private").rglob("*.png")]
     canaries += [image[4:6].tobytes() for image in private_images]
     for folder in ("images", "latents", "heldout-images", "heldout-latents"):

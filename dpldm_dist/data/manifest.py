@@ -97,7 +97,7 @@ def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, An
 
 def verify_file(path: Path, expected: dict[str, Any], *, contents: bool = True) -> None:
     """Stop if ``path`` is not the file that was described. Raises: DataError with its name, without
-    its size, which would tell the number of records.
+    its size or hash, which would tell of private records.
     """
     try:
         size = path.stat().st_size
@@ -105,16 +105,15 @@ def verify_file(path: Path, expected: dict[str, Any], *, contents: bool = True) 
         raise DataError(f"{path} is missing: restore it, or make it again.") from None
     if size != expected["bytes"]:
         raise DataError(
-            f"{path} is damaged: expected sha256 {expected['sha256'][:16]}.., found a file of "
-            "another size. Restore it, or make it again."
+            f"{path} is damaged: found a file of another size than its manifest names. Restore it, or "
+            "make it again."
         )
     if not contents:
         return
-    sha256 = describe_file(path)["sha256"]
-    if sha256 != expected["sha256"]:
+    if describe_file(path)["sha256"] != expected["sha256"]:
         raise DataError(
-            f"{path} is damaged: expected sha256 {expected['sha256'][:16]}.., found {sha256[:16]}"
-            ".. Restore it, or make it again."
+            f"{path} is damaged: its content is not what its manifest names. Restore it, or make it "
+            "again."
         )
 
 

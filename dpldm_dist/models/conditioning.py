@@ -56,12 +56,6 @@ class ClassEmbedder(nn.Module):
 
     @torch.no_grad()
     def fold_(self) -> None:
-        """Move what was learned into ``base``: the same table, with ``delta`` back at zero."""
-        self.base.copy_(self.rows())
-        self.delta.weight.zero_()
-
-    @torch.no_grad()
-    def fold_(self) -> None:
         """Make what was learned so far the new base; the function computed does not change."""
         self.base.copy_(self.rows())
         self.delta.weight.zero_()
@@ -78,24 +72,6 @@ def random_rows(count: int, tokens: int, width: int, *, seed: int) -> Tensor:
     """Standard normal rows (count, tokens, width) from ``seed``: where pre-training starts."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, tokens, width, generator=generator)
-
-
-def private_rows(rows_NTD: Tensor | None, *, classes: int, kind: Kind) -> Tensor:
-    """Where the table of the private classes starts: distinct public rows, and the public null row.
-
-    Rows that are all the same leave the model nothing to tell classes apart by. With more private
-    than public classes the public rows come again, each time with a fresh fixed disturbance.
-    Shape (classes + 1, tokens, width). Raises: DataError if the public model has no table.
-    """
-    if rows_NTD is None:
-        raise DataError("The public model has no conditioning/rows.safetensors: expected a table.")
-    if kind != "class":
-        return rows_NTD
-    public, null = rows_NTD[:-1], rows_NTD[-1:]
-    chosen = public[torch.arange(classes) % len(public)].clone()
-    noise = random_rows(classes, rows_NTD.shape[1], rows_NTD.shape[2], seed=0)
-    again = (torch.arange(classes) >= len(public)).float()[:, None, None]
-    return torch.cat([chosen + again * public.std() * noise, null])
 
 
 def private_rows(rows_NTD: Tensor | None, *, classes: int, kind: Kind = "class") -> Tensor:

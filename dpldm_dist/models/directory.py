@@ -173,9 +173,7 @@ def _from_pretrained(kind: Any, folder: Path) -> Any:
     return model.float().eval().requires_grad_(False)
 
 
-def _save_conditioning(
-    folder: Path, rows_NTD: Tensor, classes: Sequence[str], kind: Kind
-) -> None:
+def _save_conditioning(folder: Path, rows_NTD: Tensor, classes: Sequence[str], kind: Kind) -> None:
     expected = len(classes) + 1 if kind == "class" else 1
     if len(rows_NTD) != expected:
         raise DataError(f"Found {len(rows_NTD)} conditioning rows, expected {expected}.")

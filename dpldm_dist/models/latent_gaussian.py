@@ -55,6 +55,10 @@ class LatentGaussian:
                 f"{path} is missing or damaged: expected the released statistics of a run with "
                 "finetune.statistics_noise."
             ) from None
-        if covariance_DD.shape != (math.prod(shape),) * 2 or means_ND.shape[1:] != (math.prod(shape),):
-            raise DataError(f"{path} is for other latents: expected {math.prod(shape)} numbers of each.")
+        if covariance_DD.shape != (math.prod(shape),) * 2 or means_ND.shape[1:] != (
+            math.prod(shape),
+        ):
+            raise DataError(
+                f"{path} is for other latents: expected {math.prod(shape)} numbers of each."
+            )
         return LatentGaussian(means_ND, covariance_DD, shape)

@@ -75,9 +75,7 @@ def select_trainable(
     return {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
 
 
-def _learns(
-    name: str, trainable: Trainable, blocks: Iterable[str], idle: Iterable[str]
-) -> bool:
+def _learns(name: str, trainable: Trainable, blocks: Iterable[str], idle: Iterable[str]) -> bool:
     if not any(name.startswith(f"{block}.") for block in blocks):
         return False
     if any(part in name for part in idle):

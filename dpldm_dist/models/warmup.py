@@ -40,7 +40,9 @@ def fit_to_gaussian(
     learning = list(parameters.values())
     device = learning[0].device
     optimizer = torch.optim.Adam(learning, lr=learning_rate, betas=(0.9, 0.99))
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.5 * (1 + math.cos(math.pi * n / steps)))
+    decay = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda n: 0.5 * (1 + math.cos(math.pi * n / steps))
+    )
     mine = tuple(my_parts)
     for step in range(steps):
         total = torch.zeros(sum(p.numel() for p in learning), dtype=torch.int64, device=device)
@@ -77,7 +79,9 @@ def _gaussian_loss(
     labels_R = torch.randint(len(gaussian.means_ND), (rows,), generator=generator)
     z0_RCHW = gaussian.sample(labels_R, generator).to(device)
     noise_RCHW = torch.randn(z0_RCHW.shape, generator=generator).to(device)
-    t_R = diffusion.times_from_uniform(torch.rand(rows, generator=generator), bias=bias, spread=spread)
+    t_R = diffusion.times_from_uniform(
+        torch.rand(rows, generator=generator), bias=bias, spread=spread
+    )
     dropped_R = torch.rand(rows, generator=generator) < label_dropout
     condition = denoiser.embedder.drop(labels_R, dropped_R).to(device)
     return diffusion.loss_rows(denoiser, z0_RCHW, noise_RCHW, t_R.to(device), condition).sum()
@@ -102,7 +106,8 @@ def balanced_grad_scale(
 ) -> float:
     """Factor on the embedder's gradient that makes its share of the squared norm one half.
 
-    Judged on public latents, one record at a time, at the current parameters with a factor of 1.
+    Judged on made-up or released latents, one at a time, at the current parameters with a factor
+    of 1.
     Clipping acts on the whole gradient: without the factor the embedder drowns in it.
     """
     generator = torch.Generator().manual_seed(0)

@@ -43,9 +43,7 @@ def record_draws(
     or removing another record, worker or microbatch leaves them unchanged.
     """
     uniforms = _UNIFORMS * draws
-    table = record_words(
-        derive_key(key, "draws", attempt, step), ids, uniforms + 2 * draws * dims
-    )
+    table = record_words(derive_key(key, "draws", attempt, step), ids, uniforms + 2 * draws * dims)
     uniform = torch.from_numpy(uniform_from_words(table[:, :uniforms])).view(-1, _UNIFORMS, draws)
     normal = torch.from_numpy(record_normals(np.ascontiguousarray(table[:, uniforms:])))
     posterior, noise = normal.float().view(-1, 2, draws, dims).unbind(1)

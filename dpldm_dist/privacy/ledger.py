@@ -214,11 +214,6 @@ class PrivacyLedger:
     def head(self) -> Head:
         return self._chain.head
 
-    @property
-    def run_id(self) -> str:
-        """Hex drawn when the ledger was created: a ledger made anew is another run."""
-        return self._chain.run_id
-
     def events(self) -> tuple[GaussianEvent, ...]:
         """All charges, one event per distinct noise multiplier and sample rate."""
         return self._chain.events
@@ -383,10 +378,6 @@ class SharedLedger:
     def head(self) -> Head:
         return _as_head(self._on_worker_0(lambda: self._here.head))
 
-    @property
-    def run_id(self) -> str:
-        return self._on_worker_0(lambda: self._here.run_id)
-
     def events(self) -> tuple[GaussianEvent, ...]:
         events = self._on_worker_0(lambda: [asdict(event) for event in self._here.events()])
         return tuple(GaussianEvent(**event) for event in events)
@@ -412,7 +403,11 @@ class SharedLedger:
                 outcome = {"value": action()}
             except Exception as error:
                 failure = error
-                outcome = {"error": type(error).__name__, "message": str(error)}
+                known = isinstance(error, DpldmError)  # what others say could hold anything
+                outcome = {
+                    "error": type(error).__name__,
+                    "message": str(error) if known else "a bug",
+                }
         outcome = self._collective.broadcast_json(outcome)
         if failure is not None:
             raise failure

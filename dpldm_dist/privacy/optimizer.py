@@ -43,7 +43,9 @@ class NoisySum:
         unsafe_no_noise: bool = False,
     ):
         if not unsafe_no_noise and not (math.isfinite(std) and std >= _LEAST_STD):
-            raise PrivacyError(f"Noise of {std} grid units: expected a finite number of at least 2^20.")
+            raise PrivacyError(
+                f"Noise of {std} grid units: expected a finite number of at least 2^20."
+            )
         self._key = key
         self._attempt = attempt
         self._std = 0.0 if unsafe_no_noise else std
@@ -72,7 +74,9 @@ class NoisySum:
 
     def _require_one_owner(self, filled: tuple[int, int], total_P: Tensor) -> None:
         """Every coordinate got noise from exactly one worker. Raises: PrivacyError otherwise."""
-        table = torch.zeros(self._collective.world_size, 2, dtype=torch.int64, device=total_P.device)
+        table = torch.zeros(
+            self._collective.world_size, 2, dtype=torch.int64, device=total_P.device
+        )
         table[self._collective.rank] = torch.tensor(filled)
         self._collective.sum_(table)
         covered = 0
@@ -130,7 +134,9 @@ class DistributedDPOptimizer:
             parameter.grad = mean_P[start:stop].view_as(parameter).to(parameter.dtype)
             start = stop
         if start != len(mean_P):
-            raise PrivacyError(f"A sum of {len(mean_P)} coordinates for {start} parameters: expected as many.")
+            raise PrivacyError(
+                f"A sum of {len(mean_P)} coordinates for {start} parameters: expected as many."
+            )
         self._inner.step()
         self._inner.zero_grad(set_to_none=True)
         if self._schedule is not None:

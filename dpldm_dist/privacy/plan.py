@@ -15,7 +15,7 @@ from dpldm_dist.privacy.accounting import GaussianEvent, calibrate_noise_multipl
 from dpldm_dist.privacy.sampling import dyadic_rate
 
 GRID_BITS = 30  # the integer grid divides clip_norm's power of two by 2^30
-_OVERFLOW_SHARE = 1e-6  # share of delta that pays for the cap on records per lane and step
+_OVERFLOW_SHARE = 1e-6  # share of delta that pays for the cap on records per step
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,8 @@ class PrivacyPlan:
     """Everything that accounting and the mechanism need, and nothing private.
 
     ``sample_rate`` is a multiple of 2^-40. ``clip_norm`` bounds what one record adds to a sum, in
-    L2 norm, including every rounding. ``lane_cap`` is the most records of one lane that enter one
-    step; the probability that it ever binds is at most ``overflow_delta``, which is taken off
-    delta. ``records`` is N as declared to the public, ``divisor`` the constant q * N by which every
+    L2 norm, including every rounding. ``batch_cap``: a batch has at most so many records, but for a
+    probability of at most ``overflow_delta`` over all steps, which is taken off delta. ``records`` is N as declared to the public, ``divisor`` the constant q * N by which every
     noisy sum is divided. ``statistics_noise`` is the noise multiplier of one release over all
     records before the first step, None if there is none.
     """
@@ -44,12 +43,17 @@ class PrivacyPlan:
     clip_norm: float
     draws: int
     lanes: int
-    lane_cap: int
+    batch_cap: int
     microbatch: int
 
     @property
     def divisor(self) -> float:
         return self.sample_rate * self.records
+
+    @property
+    def most_charges(self) -> int:
+        """Steps that may ever be charged, repeated ones included: what ``overflow_delta`` covers."""
+        return 2 * (self.steps + self.reserve_steps)
 
     @property
     def step_event(self) -> GaussianEvent:
@@ -105,7 +109,9 @@ def make_plan(
     records per step. Raises: PrivacyError if the budget cannot be met.
     """
     if batch > records:
-        raise PrivacyError(f"finetune.batch = {batch}: expected at most the {records} records declared.")
+        raise PrivacyError(
+            f"finetune.batch = {batch}: expected at most the {records} records declared."
+        )
     sample_rate = dyadic_rate(batch / records)
     charges = steps + reserve_steps
     overflow_delta = delta * _OVERFLOW_SHARE
@@ -133,7 +139,7 @@ def make_plan(
         clip_norm=clip_norm,
         draws=draws,
         lanes=lanes,
-        lane_cap=_lane_cap(records, sample_rate, draws=2 * charges * lanes, failure=overflow_delta),
+        batch_cap=_batch_cap(records, sample_rate, draws=2 * charges, failure=overflow_delta),
         microbatch=microbatch,
     )
     _refuse_over_budget(plan, others)
@@ -144,14 +150,15 @@ def contribution_bound(plan: PrivacyPlan, *, parameters: int, accumulation_error
     """The norm to which a record's gradient is clipped so that the *computed integer sum* moves by
     at most ``plan.clip_norm`` when the record is added or removed.
 
-    A further record can re-pack every later microbatch of its lane. At most M = ceil(lane_cap /
-    microbatch) microbatches differ on either side, and each computed one is off its exact value by
-    at most half a grid unit in each of P coordinates, sqrt(P) / 2 units in norm, plus
+    A further record can re-pack every microbatch of every lane (also by moving other records to
+    other shards). A batch within ``batch_cap`` fills at most M = floor(batch_cap / microbatch) +
+    lanes microbatches, with the record and without it, and each computed one is off its exact value
+    by at most half a grid unit in each of P coordinates, sqrt(P) / 2 units in norm, plus
     ``accumulation_error`` (same unit as clip_norm; from the gradient engine). So the sum moves by at
     most the clipped norm plus M (sqrt(P) grid + 2 accumulation_error), which is taken off here.
     Raises: PrivacyError if more than a tenth of clip_norm would go.
     """
-    microbatches = -(-plan.lane_cap // plan.microbatch)
+    microbatches = plan.batch_cap // plan.microbatch + plan.lanes
     slack = microbatches * (math.sqrt(parameters) * plan.grid + 2.0 * accumulation_error)
     if slack > 0.1 * plan.clip_norm:
         raise PrivacyError(
@@ -161,9 +168,9 @@ def contribution_bound(plan: PrivacyPlan, *, parameters: int, accumulation_error
     return plan.clip_norm - slack
 
 
-def _lane_cap(records: int, sample_rate: float, *, draws: int, failure: float) -> int:
+def _batch_cap(records: int, sample_rate: float, *, draws: int, failure: float) -> int:
     """Smallest cap that Binomial(records + 1, q) exceeds in none of ``draws`` draws, but for a
-    probability of at most ``failure``. A lane never holds more than all records."""
+    probability of at most ``failure``."""
     if sample_rate == 1.0:
         return records + 1
     cap = int(binom.isf(failure / draws, records + 1, sample_rate))
@@ -174,7 +181,9 @@ def _lane_cap(records: int, sample_rate: float, *, draws: int, failure: float) -
 
 def _refuse_over_budget(plan: PrivacyPlan, others: Sequence[GaussianEvent]) -> None:
     step = plan.step_event
-    charged = GaussianEvent(step.noise_multiplier, step.sample_rate, plan.steps + plan.reserve_steps)
+    charged = GaussianEvent(
+        step.noise_multiplier, step.sample_rate, plan.steps + plan.reserve_steps
+    )
     cost = epsilon([charged, *others], plan.accounting_delta)
     if cost > plan.epsilon:
         raise PrivacyError(

@@ -70,7 +70,9 @@ def normal_from_words(words_N: np.ndarray) -> np.ndarray:
     low = (angle & 0x7FF).double()
     # the word as an unsigned number; adding the 11 low bits matters only when the word is small
     unsigned = torch.where(high < 0, high.double() + 2.0**64, high.double())
-    radius = torch.sqrt(-2.0 * torch.log((unsigned + (low + 0.5) * 2.0**-11) * 2.0**-64).clamp(max=0.0))
+    radius = torch.sqrt(
+        -2.0 * torch.log((unsigned + (low + 0.5) * 2.0**-11) * 2.0**-64).clamp(max=0.0)
+    )
     turn = ((angle >> 11) & ((1 << _ANGLE_BITS) - 1)).double() * (2.0 * math.pi * 2.0**-_ANGLE_BITS)
     return torch.cat([radius * torch.cos(turn), radius * torch.sin(turn)]).numpy()
 

@@ -27,7 +27,9 @@ def dyadic_rate(rate: float) -> float:
     Raises: PrivacyError if ``rate`` is not in (0, 1].
     """
     if not (math.isfinite(rate) and 0.0 < rate <= 1.0):
-        raise PrivacyError(f"Sample rate {rate}: expected a number in (0, 1]; lower finetune.batch.")
+        raise PrivacyError(
+            f"Sample rate {rate}: expected a number in (0, 1]; lower finetune.batch."
+        )
     return math.ceil(rate * 2**RATE_BITS) / 2**RATE_BITS
 
 
@@ -43,7 +45,9 @@ class PoissonSampling:
     def __init__(self, key: bytes, *, attempt: int, sample_rate: float):
         units = sample_rate * 2**RATE_BITS
         if units != int(units) or not 0 < units <= 2**RATE_BITS:
-            raise PrivacyError(f"Sample rate {sample_rate}: expected a multiple of 2^-{RATE_BITS} in (0, 1].")
+            raise PrivacyError(
+                f"Sample rate {sample_rate}: expected a multiple of 2^-{RATE_BITS} in (0, 1]."
+            )
         self._key = key
         self._attempt = attempt
         self._threshold = int(units)

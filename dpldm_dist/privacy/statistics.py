@@ -73,7 +73,12 @@ class LatentStatistics:
         which_BmN = torch.nn.functional.one_hot(labels_Bm, self.classes).double()
         means = (which_BmN[..., :, None] * unit_BmD[..., None, :]).flatten(-2)
         return torch.cat(
-            [_WEIGHT_MEAN * means, _WEIGHT_SECOND * self._second(unit_BmD), _WEIGHT_COUNT * which_BmN], -1
+            [
+                _WEIGHT_MEAN * means,
+                _WEIGHT_SECOND * self._second(unit_BmD),
+                _WEIGHT_COUNT * which_BmN,
+            ],
+            -1,
         )
 
     def _second(self, unit_BmD: Tensor) -> Tensor:
@@ -83,7 +88,9 @@ class LatentStatistics:
         scale = torch.where(rows == columns, 1.0, math.sqrt(2.0)).double()
         return unit_BmD[..., rows] * unit_BmD[..., columns] * scale
 
-    def estimate(self, noisy_L: Tensor, *, noise_multiplier: float, records: int) -> tuple[Tensor, Tensor]:
+    def estimate(
+        self, noisy_L: Tensor, *, noise_multiplier: float, records: int
+    ) -> tuple[Tensor, Tensor]:
         """Class means (N, D) and pooled covariance (D, D), fp64, from the noisy sum (int64).
 
         Means are shrunk towards their common mean by the share of their spread that the known noise
@@ -91,7 +98,9 @@ class LatentStatistics:
         """
         noisy = noisy_L.double() * GRID
         if not bool(torch.isfinite(noisy).all()):
-            raise PrivacyError("The noisy statistics are not finite; expected numbers. This is a bug.")
+            raise PrivacyError(
+                "The noisy statistics are not finite; expected numbers. This is a bug."
+            )
         cut = self.classes * self.dims
         sums_ND = noisy[:cut].view(self.classes, self.dims) * (self.radius / _WEIGHT_MEAN)
         count_noise = noise_multiplier / _WEIGHT_COUNT

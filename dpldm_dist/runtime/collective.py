@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class GroupCollective:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
 
     def gather_slices_(self, tensor: Tensor, bounds: Sequence[int]) -> None:
-        widest = max(stop - start for start, stop in zip(bounds, bounds[1:], strict=False))
+        widest = max(stop - start for start, stop in pairwise(bounds))
         mine = tensor.new_zeros(widest)  # equal lengths, as every backend can gather them
         start, stop = bounds[self.rank], bounds[self.rank + 1]
         mine[: stop - start] = tensor[start:stop]

@@ -83,15 +83,15 @@ def run_dirs(jobs: Sequence[Job]) -> list[RunDir]:
 
 def stage_seconds(run: RunDir) -> dict[str, float]:
     """Seconds that each stage took, over all its starts."""
-    path = run.root / _SECONDS
+    path = run.private / _SECONDS
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _note_seconds(run: RunDir, stage: str, seconds: float) -> None:
-    if run.root.is_dir():
+    if run.private.is_dir():
         name, spent = stage.rpartition(":")[2].lstrip("_"), stage_seconds(run)
         spent[name] = round(spent.get(name, 0.0) + seconds, 1)
-        (run.root / _SECONDS).write_text(json.dumps(spent) + "\n")
+        (run.private / _SECONDS).write_text(json.dumps(spent) + "\n")
 
 
 def _stand_where_the_driver_stands(order: dict[str, Any]) -> None:

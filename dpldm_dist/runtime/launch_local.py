@@ -171,4 +171,3 @@ def _join_group_and_work(rank: int, order: dict[str, Any], port: int, run: RunCo
     )
     do_jobs(order, Worker(rank, run.workers, rank, device, GroupCollective(device)))
     dist.destroy_process_group()
-

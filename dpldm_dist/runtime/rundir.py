@@ -53,7 +53,7 @@ class RunDir:
 
     @property
     def progress(self) -> Path:
-        return self.release / "progress.json"
+        return self.private / "progress.json"
 
     @property
     def ledger(self) -> Path:

@@ -25,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summary
 
 from dpldm_dist.errors import PrivacyError
+from dpldm_dist.runtime.rundir import private_files
 from dpldm_dist.runtime.worker import Worker
 
 SCALARS = {
@@ -76,7 +77,8 @@ class Tracker:
     A tracker that starts at step s takes back what earlier ones showed of steps >= s.
 
     Formal guarantees: a tag outside the tables of this module raises PrivacyError on every
-    worker before anything is written.
+    worker before anything is written. Entries carry their step in place of the clock time, because
+    the time that a private step takes tells how many records it drew.
     """
 
     def __init__(self, folder: Path, worker: Worker, *, start_step: int):
@@ -95,20 +97,21 @@ class Tracker:
         if tag not in SCALARS and not tag.startswith(PUBLIC):
             raise _refusal("scalar", tag)
         if self._writer:
-            self._writer.add_scalar(tag, float(value), step)
+            self._writer.add_scalar(tag, float(value), step, walltime=_time_of(step))
 
     def images(self, tag: str, images_BCHW: Tensor, step: int) -> None:
         """A grid of images in [0, 1]: samples of released weights, or public images."""
         if not tag.startswith((SAMPLES, PUBLIC)):
             raise _refusal("image", tag)
         if self._writer:
-            self._writer.add_images(tag, images_BCHW.detach().float().cpu().clamp(0, 1), step)
+            shown = images_BCHW.detach().float().cpu().clamp(0, 1)
+            self._writer.add_images(tag, shown, step, walltime=_time_of(step))
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         if tag not in TEXTS and not tag.startswith(PUBLIC):
             raise _refusal("text", tag)
         if self._writer:
-            self._writer.add_text(tag, text, step)
+            self._writer.add_text(tag, text, step, walltime=_time_of(step))
 
     def hparams(self, values: Mapping[str, Any]) -> None:
         """Settings of the run, by dotted name. Never the key. Other than numbers: as text."""
@@ -126,6 +129,11 @@ class Tracker:
     def close(self) -> None:
         if self._writer:
             self._writer.close()
+
+
+def _time_of(step: int) -> float:
+    """The "clock time" of an entry: seconds since 2000-01-01, one per step."""
+    return 946684800.0 + step
 
 
 class Progress:
@@ -173,7 +181,8 @@ class Progress:
         }
         if self._writes:
             part = self._path.with_suffix(".part")
-            part.write_text(json.dumps(self._state))
+            with private_files():
+                part.write_text(json.dumps(self._state))
             os.replace(part, self._path)
 
 
@@ -212,9 +221,7 @@ def _stamp(path: Path) -> _Stamp | None:
     return _Stamp(found.st_ino, found.st_mtime_ns)
 
 
-def _follow(
-    seen: dict[Path, _Stamp | None], view: _Bars | _Lines, stop: threading.Event
-) -> None:
+def _follow(seen: dict[Path, _Stamp | None], view: _Bars | _Lines, stop: threading.Event) -> None:
     stopped = False
     while not stopped:
         stopped = stop.wait(_POLL_EVERY_S)  # and once more after the end
@@ -245,9 +252,7 @@ class _Bars:
     def show(self, state: Mapping[str, Any]) -> None:
         what = state["what"]
         if what not in self._tasks:
-            self._tasks[what] = self._progress.add_task(
-                what, total=state["total_steps"], note=""
-            )
+            self._tasks[what] = self._progress.add_task(what, total=state["total_steps"], note="")
         self._progress.update(
             self._tasks[what],
             total=state["total_steps"],

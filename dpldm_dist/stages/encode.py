@@ -287,9 +287,7 @@ def _digest_of_weights(folder: Path) -> str:
 # --- the autoencoder --------------------------------------------------------------------------
 
 
-def _train_autoencoder(
-    config: Config, images: ImageShards, worker: Worker
-) -> Autoencoder:
+def _train_autoencoder(config: Config, images: ImageShards, worker: Worker) -> Autoencoder:
     settings = config.autoencoder
     autoencoder = build_autoencoder(
         kind=settings.kind,

@@ -64,7 +64,9 @@ def evaluate(config: Config, worker: Worker) -> Manifest:
     if finished is not None:
         return finished
     sets = {SYNTHETIC: _matching_samples(config, samples)}
-    sets |= {name: _matching_samples(config, other) for name, other in config.evaluate.compare.items()}
+    sets |= {
+        name: _matching_samples(config, other) for name, other in config.evaluate.compare.items()
+    }
     sets |= _ceilings(config, samples, worker)
     scores = score_sets(config, sets, worker=worker)
     if worker.rank == 0:
@@ -424,7 +426,9 @@ def _some(names: tuple[str, ...]) -> str:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    settings = config.evaluate.model_dump(mode="json", exclude={"samples", "compare", "inception_weights"})
+    settings = config.evaluate.model_dump(
+        mode="json", exclude={"samples", "compare", "inception_weights"}
+    )
     path = config.evaluate.inception_weights
     if path is not None and "inception" in config.evaluate.extractors:
         settings["inception_weights"] = describe_files(path.parent, [path.name])[path.name][

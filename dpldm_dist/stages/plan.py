@@ -143,7 +143,7 @@ def _mechanism_rows(config: Config, mechanism: PrivacyPlan) -> Rows:
         ("steps", f"{mechanism.steps}{reserve}"),
         ("sample rate", f"{mechanism.sample_rate:.6g}"),
         ("expected records per step", f"{mechanism.divisor:.6g}"),
-        ("most records of a lane in a step", f"{mechanism.lane_cap} ({mechanism.lanes} lanes)"),
+        ("most records in a step", f"{mechanism.batch_cap} (in {mechanism.lanes} lanes)"),
         ("delta kept for that bound", f"{mechanism.overflow_delta:.3g}"),
         ("noise multiplier", f"{mechanism.noise_multiplier:.4f} ({calibrated})"),
         ("clip norm", f"{mechanism.clip_norm:g}"),

@@ -349,9 +349,7 @@ def _settings(config: Config) -> dict[str, Any]:
     return {"model": tree["model"], "pretrain": tree["pretrain"]}
 
 
-def _finished(
-    folder: Path, settings: dict[str, Any], parents: dict[str, str]
-) -> Manifest | None:
+def _finished(folder: Path, settings: dict[str, Any], parents: dict[str, str]) -> Manifest | None:
     """The manifest of this very model if it is complete. Raises: RunError if it is another."""
     if not (folder / MANIFEST).is_file():
         return None

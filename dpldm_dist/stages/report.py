@@ -62,7 +62,7 @@ class ModelFacts:
     clip_norm: float
     draws: int
     lanes: int
-    lane_cap: int
+    batch_cap: int
     microbatch: int
     trainable: str
     parameters: int
@@ -291,10 +291,11 @@ NOT_PROMISED = (
 def _assumptions(facts: ModelFacts) -> list[str]:
     return [
         "The machines and people that ran the training are trusted: they saw the private images.",
-        "The run's 32-byte key came from the operating system's generator and was never disclosed. "
-        "It lies in the private directory: whoever has it can subtract the noise, so destroy it "
-        "when the run is over. Coins and noise are ChaCha20 keystreams under it (HMAC-SHA256 "
-        "derives one key per use), assumed to be pseudo-random.",
+        "Coins and noise are ChaCha20 keystreams (HMAC-SHA256 derives one key per use), assumed to "
+        "be pseudo-random, under a key drawn from the operating system at every start and kept in "
+        "memory only. The key in the private directory names private files; keep it private too.",
+        "A record's gradient does not depend on its neighbours or its place in a microbatch: true "
+        "of the networks, and of the arithmetic on CPU, where it is tested.",
         "The noise is drawn in 64-bit floating point, rounded to an integer grid and added to an "
         "exact integer sum; how far it is from an ideal Gaussian is stated in docs/guarantee.md.",
         f"Every {facts.unit} is in exactly one record, the private data holds at most the "
@@ -319,8 +320,8 @@ def _mechanism(facts: ModelFacts) -> dict[str, str]:
         "trainable parameters": (
             f"{facts.parameters:,} of {facts.parameters_all:,} ({facts.trainable})"
         ),
-        "lanes; most records per lane and step; microbatch": (
-            f"{facts.lanes}; {facts.lane_cap:,}; {facts.microbatch}"
+        "lanes; most records per step; microbatch": (
+            f"{facts.lanes}; {facts.batch_cap:,}; {facts.microbatch}"
         ),
         "classes": f"{len(facts.classes)}: {', '.join(facts.classes[:20])}"
         + (", …" if len(facts.classes) > 20 else ""),

@@ -84,7 +84,7 @@ def sample(config: Config, worker: Worker) -> Manifest:
     worker.collective.barrier()
     if worker.rank == 0:
         images_NCHW = _publish(places, config, source, labels_N, len(chunks), settings, parents)
-        if not places.private:
+        if places.released:
             with Tracker(places.run.tensorboard / "sample", worker, start_step=0) as tracker:
                 shown = torch.from_numpy(images_NCHW[:TENSORBOARD_IMAGES]).float() / 255
                 tracker.images("samples/released", shown, step=0)
@@ -254,19 +254,33 @@ class _Places:
 
     @property
     def private(self) -> bool:
-        return self.out.is_relative_to(self.run.private)
+        return _lies_in_private(self.out)
+
+    @property
+    def released(self) -> bool:
+        """Whether these are samples of the run's released model, in its release."""
+        return self.model == self.run.released_model.resolve() and self.out.is_relative_to(
+            self.run.release.resolve()
+        )
+
+
+def _lies_in_private(path: Path) -> bool:
+    """Whether a folder named private, of any run, is above ``path``, as given or links followed."""
+    places = (path.expanduser().absolute(), path.expanduser().resolve())
+    return any(above.name == "private" for place in places for above in place.parents)
 
 
 def _places(config: Config) -> _Places:
     run = RunDir(config.run.dir)
-    model = (config.sample.model or run.released_model).expanduser().absolute()
-    of_private = model.is_relative_to(run.private)
-    default = (run.private if of_private else run.release) / "samples"
-    out = (config.sample.out or default).expanduser().absolute()
-    if of_private and out.is_relative_to(run.release):
+    given = config.sample.model or run.released_model
+    model, of_private = given.expanduser().resolve(), _lies_in_private(given)
+    ours = of_private and not _lies_in_private(run.release)
+    out = config.sample.out or (run.private if ours else run.release) / "samples"
+    out = out.expanduser().resolve()
+    if of_private and not _lies_in_private(out):
         raise PrivacyError(
-            f"sample.model = {model} lies below private/, and sample.out below release/: expected "
-            "samples of a private model to stay below private/."
+            f"sample.model = {model} lies below a private folder, sample.out = {out} does not: "
+            "expected samples of a private model to stay below private/."
         )
     return _Places(run, model, out)
 

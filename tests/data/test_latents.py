@@ -205,7 +205,9 @@ def test_a_missing_shard_stops_at_the_start_with_its_name(copy):
 def test_a_shard_of_another_length_stops_at_the_start_with_its_name(copy, change):
     path = copy / "latents-00002.tar"
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(DataError, match=r"latents-00002\.tar is damaged: expected sha256"):
+    with pytest.raises(
+        DataError, match=r"latents-00002\.tar is damaged: found a file of another size"
+    ):
         LatentShards(copy)
 
 
@@ -215,9 +217,7 @@ def test_swapped_shards_are_noticed_when_first_touched(copy):
     a.write_bytes(b.read_bytes())
     b.write_bytes(first)
     shards = LatentShards(copy)
-    with pytest.raises(
-        DataError, match=r"expected sha256 [0-9a-f]{16}\.\., found [0-9a-f]{16}\.\."
-    ):
+    with pytest.raises(DataError, match=r"is damaged: its content is not what its manifest names"):
         shards.records(0, np.array([0]))
 
 

@@ -83,7 +83,7 @@ def test_a_manifest_that_names_files_outside_of_its_folder_is_refused(tmp_path, 
 def test_a_changed_missing_or_unlisted_file_is_named(folder):
     manifest = Manifest.read(folder, "images")
     (folder / "a.bin").write_bytes(b"fIrst")
-    with pytest.raises(DataError, match=r"a\.bin is damaged: expected sha256 .*found"):
+    with pytest.raises(DataError, match=r"a\.bin is damaged: its content"):
         manifest.verify(folder)
     manifest.verify(folder, ["b.bin"])
     (folder / "b.bin").write_bytes(b"longer than before")

@@ -27,7 +27,9 @@ STD = SIGMA * CLIP_NORM / GRID
 P = 60_000
 
 
-def noisy_zero(collective: Collective, *, step: int = 0, attempt: int = 0, length: int = P) -> torch.Tensor:
+def noisy_zero(
+    collective: Collective, *, step: int = 0, attempt: int = 0, length: int = P
+) -> torch.Tensor:
     mechanism = NoisySum(KEY, attempt=attempt, std=STD, collective=collective)
     return mechanism.release(torch.zeros(length, dtype=torch.int64), purpose="noise", step=step)
 
@@ -47,7 +49,9 @@ def noise_has_the_stated_std_whatever_the_number_of_workers(collective: Collecti
 
 def the_sum_is_exact_and_the_same_on_all_workers(collective: Collective) -> None:
     mine = torch.arange(1000, dtype=torch.int64) * (collective.rank + 1) - 10**12
-    released = NoisySum(KEY, attempt=0, std=STD, collective=collective).release(mine, purpose="noise", step=3)
+    released = NoisySum(KEY, attempt=0, std=STD, collective=collective).release(
+        mine, purpose="noise", step=3
+    )
     total = torch.arange(1000, dtype=torch.int64) * sum(range(1, collective.world_size + 1))
     total -= collective.world_size * 10**12
     noise = integer_noise(derive_key(KEY, "noise", 0, 3), 0, 1000, std=STD)
@@ -56,7 +60,9 @@ def the_sum_is_exact_and_the_same_on_all_workers(collective: Collective) -> None
 
 
 def no_noise_is_used_twice(collective: Collective) -> None:
-    drawn = [noisy_zero(collective, step=s, attempt=a, length=5000) for s in range(3) for a in range(2)]
+    drawn = [
+        noisy_zero(collective, step=s, attempt=a, length=5000) for s in range(3) for a in range(2)
+    ]
     assert len(torch.unique(torch.cat(drawn))) == 6 * 5000  # a chance repeat: below 1e-6
     for index, one in enumerate(drawn):
         for other in drawn[:index]:
@@ -70,12 +76,16 @@ def noise_differs_when_the_sum_differs_after_a_restart(collective: Collective) -
     other = one + (1 if collective.rank == 0 else 0)
     first = NoisySum(KEY, attempt=0, std=STD, collective=collective)
     second = NoisySum(KEY, attempt=1, std=STD, collective=collective)
-    difference = second.release(other, purpose="noise", step=0) - first.release(one, purpose="noise", step=0)
+    difference = second.release(other, purpose="noise", step=0) - first.release(
+        one, purpose="noise", step=0
+    )
     spread = float(difference.double().std()) / STD
     assert abs(spread / math.sqrt(2) - 1) < 6 / math.sqrt(2 * 5000)
 
 
-def an_update_is_the_noisy_sum_over_clip_norm_and_the_public_divisor(collective: Collective) -> None:
+def an_update_is_the_noisy_sum_over_clip_norm_and_the_public_divisor(
+    collective: Collective,
+) -> None:
     parameter = torch.nn.Parameter(torch.zeros(1000))
     divisor = 64.0
     optimizer = DistributedDPOptimizer(
@@ -110,7 +120,9 @@ def a_worker_without_records_still_takes_the_step(collective: Collective) -> Non
         assert same_on_all_workers(collective, parameter.detach())
 
 
-def every_record_is_owned_once_and_drawn_alike_for_every_number_of_workers(collective: Collective) -> None:
+def every_record_is_owned_once_and_drawn_alike_for_every_number_of_workers(
+    collective: Collective,
+) -> None:
     shard_records = [50, 31, 0, 77, 20]
     sampling = PoissonSampling(KEY, attempt=0, sample_rate=dyadic_rate(0.4))
     lanes = Lanes(shard_records, lanes=3, cap=10_000, microbatch=8)
@@ -148,7 +160,9 @@ CHECKS: dict[str, Callable[[Collective], None]] = {
 def _every_worker_adds_noise() -> Any:
     def release(self: NoisySum, sum_P: torch.Tensor, *, purpose: str, step: int) -> torch.Tensor:
         total = sum_P.clone()
-        self._add_noise(total, [0] * (self._collective.rank + 1) + [len(total)] * 9, purpose=purpose, step=step)
+        self._add_noise(
+            total, [0] * (self._collective.rank + 1) + [len(total)] * 9, purpose=purpose, step=step
+        )
         self._collective.sum_(total)
         return total
 
@@ -167,13 +181,17 @@ def _every_worker_claims_the_whole_vector() -> Any:
 
 def _nobody_adds_noise() -> Any:
     return mock.patch.object(
-        optimizer_module, "integer_noise", lambda key, a, b, std: torch.zeros(b - a, dtype=torch.int64)
+        optimizer_module,
+        "integer_noise",
+        lambda key, a, b, std: torch.zeros(b - a, dtype=torch.int64),
     )
 
 
 def _noise_of(change: Callable[[float], float]) -> Any:
     return mock.patch.object(
-        optimizer_module, "integer_noise", lambda key, a, b, std: integer_noise(key, a, b, std=change(std))
+        optimizer_module,
+        "integer_noise",
+        lambda key, a, b, std: integer_noise(key, a, b, std=change(std)),
     )
 
 
@@ -256,7 +274,10 @@ PLANTED_BUGS: dict[str, tuple[Callable[[], Any], str]] = {
         _every_worker_claims_the_whole_vector,
         "noise_has_the_stated_std_whatever_the_number_of_workers",
     ),
-    "nobody adds noise": (_nobody_adds_noise, "noise_has_the_stated_std_whatever_the_number_of_workers"),
+    "nobody adds noise": (
+        _nobody_adds_noise,
+        "noise_has_the_stated_std_whatever_the_number_of_workers",
+    ),
     "sigma squared": (_sigma_squared, "noise_has_the_stated_std_whatever_the_number_of_workers"),
     "sigma over root two": (
         _noise_divided_by_root_two,

@@ -27,7 +27,9 @@ KEY = bytes(range(32))
 
 
 def test_keystream_is_chacha20_of_the_key_and_stream():
-    reference = Cipher(algorithms.ChaCha20(KEY, bytes(8) + bytes([7] + 7 * [0])), mode=None).encryptor()
+    reference = Cipher(
+        algorithms.ChaCha20(KEY, bytes(8) + bytes([7] + 7 * [0])), mode=None
+    ).encryptor()
     assert keystream(KEY, 100, stream=7).tobytes() == reference.update(bytes(100))
 
 
@@ -40,7 +42,12 @@ def test_chacha20_matches_the_published_vector():
 
 
 def test_every_purpose_and_number_gives_its_own_key():
-    seen = {derive_key(KEY, p, a, s) for p in ("noise", "select", "draws") for a in range(5) for s in range(50)}
+    seen = {
+        derive_key(KEY, p, a, s)
+        for p in ("noise", "select", "draws")
+        for a in range(5)
+        for s in range(50)
+    }
     assert len(seen) == 3 * 5 * 50
     assert derive_key(KEY, "noise", 1, 23) != derive_key(KEY, "noise", 12, 3)
     assert derive_key(KEY, "noise", 1) != derive_key(new_key(), "noise", 1)

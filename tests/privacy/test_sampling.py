@@ -86,7 +86,12 @@ def test_steps_attempts_and_shards_draw_differently():
     rate = dyadic_rate(0.5)
     first = PoissonSampling(KEY, attempt=0, sample_rate=rate)
     again = PoissonSampling(KEY, attempt=1, sample_rate=rate)
-    draws = [first.select(0, 0, 200), first.select(1, 0, 200), first.select(0, 1, 200), again.select(0, 0, 200)]
+    draws = [
+        first.select(0, 0, 200),
+        first.select(1, 0, 200),
+        first.select(0, 1, 200),
+        again.select(0, 0, 200),
+    ]
     assert len({tuple(d) for d in draws}) == 4
 
 

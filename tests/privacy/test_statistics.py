@@ -20,7 +20,9 @@ def test_one_record_moves_the_sum_by_at_most_the_clip_norm(scale, dims):
     wanted = LatentStatistics(classes=3, dims=dims, radius=8.0)
     generator = torch.Generator().manual_seed(dims)
     for kind in ("gaussian", "one coordinate"):
-        latent = torch.randn(dims, generator=generator) if kind == "gaussian" else torch.eye(dims)[0]
+        latent = (
+            torch.randn(dims, generator=generator) if kind == "gaussian" else torch.eye(dims)[0]
+        )
         moved = one_record(wanted, latent * scale, label=2).double() * GRID
         assert float(moved.norm()) <= CLIP_NORM
 
@@ -47,7 +49,9 @@ def test_a_unit_of_several_images_counts_as_one_record():
     ignored = images.clone()
     ignored[0, 3:] = math.nan  # padding
     three = torch.tensor([3])
-    assert torch.equal(wanted.record_sum(ignored, labels, three), wanted.record_sum(images, labels, three))
+    assert torch.equal(
+        wanted.record_sum(ignored, labels, three), wanted.record_sum(images, labels, three)
+    )
 
 
 def test_without_noise_the_estimate_is_the_truth():
@@ -56,7 +60,9 @@ def test_without_noise_the_estimate_is_the_truth():
     labels = torch.arange(4000) % 4
     latents = centres[labels] + 0.5 * torch.randn(4000, 8, generator=generator)
     wanted = LatentStatistics(classes=4, dims=8, radius=100.0)
-    total = wanted.record_sum(latents[:, None], labels[:, None], torch.ones(4000, dtype=torch.int64))
+    total = wanted.record_sum(
+        latents[:, None], labels[:, None], torch.ones(4000, dtype=torch.int64)
+    )
     means, covariance = wanted.estimate(total, noise_multiplier=1e-9, records=4000)
     assert torch.allclose(means.float(), centres, atol=0.05)
     assert torch.allclose(covariance.float(), 0.25 * torch.eye(8), atol=0.03)

@@ -38,7 +38,12 @@ def finetune(config: Config, worker: Worker) -> Any:
     def traced_release(self: NoisySum, total: Any, *, purpose: str, step: int) -> Any:
         noisy = release(self, total, purpose=purpose, step=step)
         if worker.rank == 0:
-            entry = {"purpose": purpose, "step": step, "attempt": self._attempt, "head": noisy[:4].tolist()}
+            entry = {
+                "purpose": purpose,
+                "step": step,
+                "attempt": self._attempt,
+                "head": noisy[:4].tolist(),
+            }
             with open(trace, "a") as file:
                 file.write(json.dumps(entry) + "\n")
                 file.flush()

@@ -171,9 +171,7 @@ def test_a_shard_made_by_another_autoencoder_is_made_again(tmp_path):
 
 def test_captions_are_embedded_by_the_text_encoder_of_the_model(tmp_path):
     folder = make_sd_shaped(tmp_path / "sd")
-    config = tiny_config(
-        tmp_path / "run", model={"init": str(folder), "conditioning": "caption"}
-    )
+    config = tiny_config(tmp_path / "run", model={"init": str(folder), "conditioning": "caption"})
     write_images(config, "private", records=6, shards=1, most_images=2, captions=True)
     encode(config, solo_worker())
     latents = latents_of(config, "private")
@@ -186,9 +184,7 @@ def test_captions_are_embedded_by_the_text_encoder_of_the_model(tmp_path):
 
 def test_captions_that_are_missing_are_asked_for(tmp_path):
     folder = make_sd_shaped(tmp_path / "sd")
-    config = tiny_config(
-        tmp_path / "run", model={"init": str(folder), "conditioning": "caption"}
-    )
+    config = tiny_config(tmp_path / "run", model={"init": str(folder), "conditioning": "caption"})
     write_images(config, "private", records=6, shards=1)
     with pytest.raises(DataError, match="no captions"):
         encode(config, solo_worker())

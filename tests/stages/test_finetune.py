@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dpldm_dist.cli import main
 from dpldm_dist.data.latents import LatentShards
@@ -101,9 +103,13 @@ def test_three_microbatch_sizes_release_the_same_weights_within_1e_6(root):
 # --- sensitivity ----------------------------------------------------------------------------------
 
 
-def noiseless_sum(root: Path, latents: Path, step: int, *, batch: int = 60, lanes: int = 3) -> torch.Tensor:
+def noiseless_sum(
+    root: Path, latents: Path, step: int, *, batch: int = 60, lanes: int = 3
+) -> torch.Tensor:
     """The integer sum of one step over ``latents``, in units of clip_norm."""
-    config = settings(root, finetune={"batch": batch}, privacy={"noise_multiplier": 50.0, "lanes": lanes})
+    config = settings(
+        root, finetune={"batch": batch}, privacy={"noise_multiplier": 50.0, "lanes": lanes}
+    )
     plan = plan_of(config, records=80)
     shards = LatentShards(latents)
     public = load_model(root / "model")
@@ -160,7 +166,8 @@ def trace(config) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("place", "lost"), [("after the charge:4", 1), ("after the release:4", 0), ("while saving:6", 0)]
+    ("place", "lost"),
+    [("after the charge:4", 1), ("after the release:4", 0), ("while saving:6", 0)],
 )
 def test_ledger_entries_equal_executed_steps_after_kill_9_and_resume(root, place, lost):
     name = place.replace(" ", "-").replace(":", "-")
@@ -176,14 +183,22 @@ def test_ledger_entries_equal_executed_steps_after_kill_9_and_resume(root, place
     assert sorted({entry["step"] for entry in steps}) == list(range(10))
     repeated = [e for e in steps if sum(o["step"] == e["step"] for o in steps) > 1]
     assert repeated or lost
-    assert len({tuple(entry["head"]) for entry in released}) == len(released)  # never the same noise
+    assert len({tuple(entry["head"]) for entry in released}) == len(
+        released
+    )  # never the same noise
 
 
 def test_a_killed_worker_is_named_and_the_run_resumes_on_another_number_of_workers(root):
     changes = {"dir": str(root / "elastic"), "workers": 2}
-    config = settings(root, "elastic", privacy={"noise_multiplier": 2.0, "reserve_steps": 10}, run=changes)
+    config = settings(
+        root, "elastic", privacy={"noise_multiplier": 2.0, "reserve_steps": 10}, run=changes
+    )
     broken = crash(config, "after the charge:4", rank=1)
-    assert broken.returncode != 0 and "WorkerError" in broken.stderr and "worker 1" in broken.stderr.lower()
+    assert (
+        broken.returncode != 0
+        and "WorkerError" in broken.stderr
+        and "worker 1" in broken.stderr.lower()
+    )
     run(settings(root, "elastic", privacy={"noise_multiplier": 2.0, "reserve_steps": 10}))
     assert read_ledger(RunDir(config.run.dir).ledger).steps == 10 + 5 - 3  # 0..4, then 3..9
 
@@ -261,7 +276,10 @@ def test_every_trainable_set_learns_its_parameters_and_leaves_the_others(root, t
         privacy={"noise_multiplier": 1.0},
     )
     run(config)
-    before, after = load_model(root / "model").unet.state_dict(), released_weights(root, f"only-{trainable}")
+    before, after = (
+        load_model(root / "model").unet.state_dict(),
+        released_weights(root, f"only-{trainable}"),
+    )
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed and all(".attentions." in name for name in changed)
     if trainable in ("attention", "lora"):
@@ -271,8 +289,12 @@ def test_every_trainable_set_learns_its_parameters_and_leaves_the_others(root, t
 
 
 def test_a_run_without_claim_has_no_epsilon_anywhere(root):
-    for name, changes in {"keyed": {"unsafe_test_key": TEST_KEY}, "quiet": {"unsafe_no_noise": True}}.items():
-        config = settings(root, name, run={"dir": str(root / name), **changes}, finetune={"steps": 2})
+    (root / "private").mkdir(mode=0o700)
+    unsafe = {"keyed": {"unsafe_test_key": TEST_KEY}, "private/quiet": {"unsafe_no_noise": True}}
+    for name, changes in unsafe.items():
+        config = settings(
+            root, name, run={"dir": str(root / name), **changes}, finetune={"steps": 2}
+        )
         manifest = run(config)
         assert manifest.facts["claim"] is False and manifest.facts["epsilon"] is None
         assert math.isinf(read_ledger(RunDir(config.run.dir).ledger).epsilon)
@@ -309,15 +331,39 @@ def test_the_command_line_names_the_missing_section(tmp_path, capsys):
     assert "[privacy] is missing" in capsys.readouterr().err
 
 
-def test_a_ledger_that_was_removed_and_made_anew_never_repeats_its_noise(root):
+def test_a_copied_run_directory_never_repeats_its_noise(root):
+    """Two lives of one directory (a copy, a snapshot) have the same key, ledger and attempt."""
+    config = settings(root, "original", finetune={"steps": 4})
+    assert crash(config, "after the charge:1").returncode == -9
+    shutil.copytree(root / "original", root / "copy")
+    heads = set()
+    for name in ("original", "copy"):
+        other = settings(root, name, finetune={"steps": 4})
+        before = len(trace(other))
+        assert crash(other, "nowhere:0").returncode == 0
+        new = [tuple(entry["head"]) for entry in trace(other)[before:]]
+        assert len(new) == 4 and heads.isdisjoint(new)
+        heads.update(new)
+
+
+def test_releases_without_their_ledger_are_refused(root):
     config = settings(root, "no-ledger", finetune={"steps": 3})
     assert crash(config, "after the release:1").returncode == -9
-    directory = RunDir(config.run.dir)
-    directory.ledger.unlink()
-    for folder in directory.checkpoints.iterdir():
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
-    assert crash(config, "nowhere:0").returncode == 0
-    released = trace(config)
-    assert len(released) > 4 and len({tuple(entry["head"]) for entry in released}) == len(released)
+    RunDir(config.run.dir).ledger.unlink()
+    with pytest.raises(RunError, match="ledger that is gone"):
+        run(config)
+
+
+def test_a_run_without_noise_must_lie_in_a_private_folder(root):
+    changes = {"dir": str(root / "open"), "unsafe_no_noise": True}
+    with pytest.raises(PrivacyError, match="below a folder named private"):
+        run(settings(root, "open", run=changes))
+
+
+def test_tensorboard_carries_no_clock_times_of_private_steps(root):
+    run(settings(root, "timeless", finetune={"steps": 3}))
+    folder = root / "timeless" / "release" / "tensorboard" / "finetune"
+    events = EventAccumulator(str(folder)).Reload()
+    for tag in events.Tags()["scalars"]:
+        times = {(event.step, event.wall_time) for event in events.Scalars(tag)}
+        assert times <= {(step, 946684800.0 + step) for step in range(4)}, tag

@@ -31,7 +31,12 @@ def public_model(folder: Path) -> Path:
     rows = random_rows(6, 1, 8, seed=0)
     names = ["a", "b", "c", "d", "e"]
     save_model(
-        folder, unet=unet, autoencoder=autoencoder, diffusion=Diffusion(), rows_NTD=rows, classes=names
+        folder,
+        unet=unet,
+        autoencoder=autoencoder,
+        diffusion=Diffusion(),
+        rows_NTD=rows,
+        classes=names,
     )
     return folder
 

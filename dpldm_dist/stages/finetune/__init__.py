@@ -23,10 +23,15 @@ from dpldm_dist.runtime.worker import Worker
 from dpldm_dist.stages.finetune.preparation import (
     declared_records,
     genesis,
-    mechanism_key,
+    has_claim,
     prepare_model,
     public_model_dir,
+    refuse_different_workers,
+    refuse_lost_ledger,
+    refuse_unsafe_place,
     release_statistics,
+    start_key,
+    steps_left,
     trainable_model,
 )
 from dpldm_dist.stages.finetune.private_data import PrivateData
@@ -47,6 +52,7 @@ def finetune(config: Config, worker: Worker) -> Manifest:
     """
     require_sections(config)
     run = RunDir(config.run.dir)
+    refuse_unsafe_place(config, run)
     if (done := finished(config, run)) is not None:
         return done
     public = load_model(public_model_dir(config, run))
@@ -55,12 +61,15 @@ def finetune(config: Config, worker: Worker) -> Manifest:
     run_key = worker.collective.broadcast_bytes(
         run.run_key(config.run.unsafe_test_key) if worker.rank == 0 else None
     )
+    refuse_different_workers(plan, latents, worker)
     denoiser, parameters = trainable_model(config, public, latents, worker)
+    refuse_lost_ledger(run)
+    worker.collective.barrier()  # all have looked before anybody writes
     opening = genesis(config, plan, run_key, latents, parameters)
     ledger = SharedLedger.open(run.ledger, opening, collective=worker.collective)
     with closing(ledger):
         attempt = ledger.open_attempt()
-        key = mechanism_key(config, run_key, ledger)
+        key = start_key(config, run_key, worker)
         progress = Progress(run.progress, worker=worker)
 
         state = TrainingState(config, plan, key, attempt, denoiser, parameters, worker)
@@ -73,14 +82,19 @@ def finetune(config: Config, worker: Worker) -> Manifest:
         data = PrivateData(config, plan, latents, key, attempt, public.diffusion, worker)
         gradients = data.gradients(denoiser, parameters)
 
-        last = min(plan.steps, state.step + ledger.affordable_steps(plan.step_event))
+        last = min(plan.steps, state.step + steps_left(plan, ledger))
         progress.start("private fine-tuning", last, step=state.step)
         with Tracker(run.tensorboard / "finetune", worker, start_step=state.step) as tracker:
-            tracker.hparams({name: value for name, value in plan.facts().items() if value is not None})
+            if has_claim(config):
+                tracker.hparams(
+                    {n: value for n, value in plan.facts().items() if value is not None}
+                )
             while state.step < last:
                 ledger.charge(plan.step_event, what="step", step=state.step)  # durable first
                 for part in data.microbatches(state.step):
-                    gradients.add(data.losses(denoiser, part), part.mask_B)  # clip each, add to the sum
+                    gradients.add(
+                        data.losses(denoiser, part), part.mask_B
+                    )  # clip each, add to the sum
                 noisy_norm = state.optimizer.step(gradients.take_sum(), state.step)  # noise once
                 state.tick()
                 progress.advance(state.step)

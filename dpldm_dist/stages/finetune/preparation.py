@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from dpldm_dist.config import Config
 from dpldm_dist.data.latents import LatentShards
 from dpldm_dist.data.manifest import MANIFEST
-from dpldm_dist.errors import ConfigError, DataError, PrivacyError
+from dpldm_dist.errors import ConfigError, DataError, PrivacyError, RunError
 from dpldm_dist.models.conditioning import ClassEmbedder, private_rows
 from dpldm_dist.models.denoiser import Denoiser
 from dpldm_dist.models.directory import LoadedModel
@@ -25,7 +26,7 @@ from dpldm_dist.privacy import statistics
 from dpldm_dist.privacy.ledger import SharedLedger
 from dpldm_dist.privacy.optimizer import NoisySum
 from dpldm_dist.privacy.plan import PrivacyPlan
-from dpldm_dist.privacy.randomness import commitment, derive_key
+from dpldm_dist.privacy.randomness import commitment, new_key
 from dpldm_dist.privacy.sampling import Lanes
 from dpldm_dist.privacy.statistics import LatentStatistics
 from dpldm_dist.runtime.rundir import RunDir, dataset_dir
@@ -75,15 +76,64 @@ def genesis(
     }
 
 
-def mechanism_key(config: Config, key: bytes, ledger: SharedLedger) -> bytes:
-    """The key of coins, draws and noise: of this run key *and* this ledger.
+def start_key(config: Config, run_key: bytes, worker: Worker) -> bytes:
+    """The key of coins, draws and noise of this start: fresh, and in no file.
 
-    Formal guarantees: a ledger that was removed and made anew counts its attempts from 1 again, but
-    none of its noise is that of the old one, so no noise is ever added to two different sums.
+    Formal guarantees: no two starts share coins or noise, also not those of a copied, restored or
+    rolled-back run directory; and whoever reads the run's files later cannot subtract the noise.
     """
     if config.run.unsafe_test_key is not None:  # no claim: tests compare runs of equal keys
-        return key
-    return derive_key(key, f"mechanism of {ledger.run_id}")
+        return run_key
+    return worker.collective.broadcast_bytes(new_key() if worker.rank == 0 else None)
+
+
+def refuse_unsafe_place(config: Config, run: RunDir) -> None:
+    """A run without noise must lie in a folder that nobody else can read, and that says so.
+
+    Raises: PrivacyError.
+    """
+    if not config.run.unsafe_no_noise:
+        return
+    closed = [p for p in run.root.resolve().parents if p.name == "private" and p.is_dir()]
+    if not any(stat.S_IMODE(p.stat().st_mode) & 0o077 == 0 for p in closed):
+        raise PrivacyError(
+            f"run.unsafe_no_noise trains without privacy, so run.dir = {run.root} must lie below a "
+            "folder named private with mode 0700: set it to RUN/private/without-noise."
+        )
+
+
+def refuse_lost_ledger(run: RunDir) -> None:
+    """Releases without a ledger are not counted. Raises: RunError."""
+    if not run.ledger.exists() and (
+        run.gaussian.exists() or (run.tensorboard / "finetune").exists()
+    ):
+        raise RunError(
+            f"{run.release} holds releases of a ledger that is gone: expected {run.ledger}. Restore "
+            "it, or use a new run.dir."
+        )
+
+
+def refuse_different_workers(plan: PrivacyPlan, latents: LatentShards, worker: Worker) -> None:
+    """All workers must see one plan and one data set, or a record could count twice.
+
+    Raises: DataError.
+    """
+    mine = [plan.digest(), latents.manifest.digest]
+    differs = torch.tensor([float(worker.collective.broadcast_json(mine) != mine)])
+    differs = differs.to(worker.device)
+    worker.collective.max_(differs)
+    if differs.item():
+        raise DataError(
+            "The workers see different private shards or plans: expected one shared folder. Put the "
+            "latents on storage that all machines share."
+        )
+
+
+def steps_left(plan: PrivacyPlan, ledger: SharedLedger) -> int:
+    """How many more steps may run: what the budget pays for, and what ``overflow_delta`` covers."""
+    same = [e for e in ledger.events() if e.sample_rate == plan.sample_rate]
+    charged = sum(e.count for e in same if e.noise_multiplier == plan.noise_multiplier)
+    return max(0, min(ledger.affordable_steps(plan.step_event), plan.most_charges - charged))
 
 
 def public_model_dir(config: Config, run: RunDir) -> Path:
@@ -150,7 +200,7 @@ def release_statistics(
     for event in plan.statistics_events:
         ledger.charge(event, what="statistics")
     lanes = Lanes(
-        latents.shard_records, lanes=plan.lanes, cap=plan.lane_cap, microbatch=plan.microbatch
+        latents.shard_records, lanes=plan.lanes, cap=plan.batch_cap, microbatch=plan.microbatch
     )
     total_L = torch.zeros(wanted.length, dtype=torch.int64)
     for shard in lanes.shards_of_worker(worker.rank, worker.world_size):
@@ -210,7 +260,9 @@ def prepare_model(
         )
         denoiser.embedder.fold_()
         progress.done()
-    denoiser.embedder.grad_scale = _grad_scale(config, denoiser, parameters, public, gaussian, worker)
+    denoiser.embedder.grad_scale = _grad_scale(
+        config, denoiser, parameters, public, gaussian, worker
+    )
 
 
 def _public_radius(config: Config, latents: LatentShards) -> float:

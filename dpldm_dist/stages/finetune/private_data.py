@@ -66,7 +66,7 @@ class PrivateData:
         self._diffusion = diffusion
         self._worker = worker
         self._lanes = Lanes(
-            latents.shard_records, lanes=plan.lanes, cap=plan.lane_cap, microbatch=plan.microbatch
+            latents.shard_records, lanes=plan.lanes, cap=plan.batch_cap, microbatch=plan.microbatch
         )
         self._sampling = PoissonSampling(key, attempt=attempt, sample_rate=plan.sample_rate)
 
@@ -96,7 +96,9 @@ class PrivateData:
         bound = contribution_bound(
             plan,
             parameters=sum(parameter.numel() for parameter in parameters.values()),
-            accumulation_error=accumulation_error(records=plan.microbatch, clip_norm=plan.clip_norm),
+            accumulation_error=accumulation_error(
+                records=plan.microbatch, clip_norm=plan.clip_norm
+            ),
         )
         engine = PerRecordGradients(
             denoiser, parameters, clip_norm=bound, draws=plan.draws, grid=plan.grid

@@ -24,6 +24,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     """The settings that a run keeps from its first start to its end."""
     tree = config.model_dump(mode="json")
     run = {name: tree["run"][name] for name in ("microbatch", "unsafe_no_noise")}
+    tree["model"].pop("init")  # a place on this machine; the model itself is a parent
     return {name: tree[name] for name in ("finetune", "privacy", "model")} | {"run": run}
 
 
