@@ -179,12 +179,13 @@ class FinetuneConfig(_Section):
     """Standard deviation of the logarithm of the noise level. None: uniform diffusion times."""
     embedder_grad_scale: float | Literal["auto"] = "auto"
     """Factor on the conditioning embedder's gradient before clipping (a fixed linear change of
-    variable). "auto": set on public or released latents so that its share of the squared norm is one half."""
+    variable). "auto": set on public or released latents so that its share of the squared norm is
+    one half."""
     statistics_noise: float | None = Field(None, gt=0)
     """Noise multiplier of one release of class means and covariance of the private latents,
     charged to the same budget. None: no release, no warm-up, no Gaussian baseline."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps of ordinary training on draws from the released Gaussian before the noisy steps; free."""
+    """Steps of ordinary training on draws from the released Gaussian before the noisy ones; free."""
     warmup_batch: int = Field(256, ge=1)
     warmup_learning_rate: float = Field(4e-3, gt=0)
 
@@ -217,10 +218,10 @@ class SampleConfig(_Section):
 
 class EvaluateConfig(_Section):
     extractors: tuple[Literal["inception", "efficientnet", "small"], ...] = ("small",)
-    """Feature extractors for FID and KID: Inception weights from ``inception_weights``, the ImageNet
+    """Feature extractors for FID and KID: Inception weights from ``inception_weights``, ImageNet's
     EfficientNet-Lite0 of its package, or a small net trained on half of the held-out images."""
     inception_weights: Path | None = None
-    """File of an Inception-v3 state dict in torchvision's names (.safetensors, or .pth of tensors)."""
+    """File of an Inception-v3 state dict in torchvision's names (.safetensors or .pth)."""
     classifier_steps: int = Field(500, ge=1)
     """Training steps of the classifier that learns from synthetic images only."""
     classifier_width: int = Field(16, ge=1)

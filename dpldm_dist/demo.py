@@ -55,8 +55,8 @@ def demo(config: Config, worker: Worker) -> None:
     for which in (config.data.private, config.data.heldout):
         if not (which.source or "").startswith("builtin:digits") or which.images or which.latents:
             raise ConfigError(
-                "The demo prints scores on its private data, so data.private and data.heldout must be "
-                "builtin:digits and builtin:digits-heldout. For your own data run the stages."
+                "The demo prints scores on its private data, so data.private and data.heldout must "
+                "be builtin:digits and builtin:digits-heldout. For your own data run the stages."
             )
     run, started = RunDir(config.run.dir), time.monotonic()
     jobs = _jobs(config)

@@ -105,15 +105,15 @@ def verify_file(path: Path, expected: dict[str, Any], *, contents: bool = True) 
         raise DataError(f"{path} is missing: restore it, or make it again.") from None
     if size != expected["bytes"]:
         raise DataError(
-            f"{path} is damaged: found a file of another size than its manifest names. Restore it, or "
-            "make it again."
+            f"{path} is damaged: found a file of another size than its manifest names. Restore "
+            "it, or make it again."
         )
     if not contents:
         return
     if describe_file(path)["sha256"] != expected["sha256"]:
         raise DataError(
-            f"{path} is damaged: its content is not what its manifest names. Restore it, or make it "
-            "again."
+            f"{path} is damaged: its content is not what its manifest names. Restore it, or make "
+            "it again."
         )
 
 

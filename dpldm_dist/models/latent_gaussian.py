@@ -17,7 +17,7 @@ from dpldm_dist.errors import DataError
 
 @dataclass(frozen=True)
 class LatentGaussian:
-    """``means_ND`` of N classes and ``covariance_DD`` over flattened latents of ``shape`` (C, h, w)."""
+    """``means_ND`` of N classes, ``covariance_DD`` over flattened latents of ``shape`` (C, h, w)."""
 
     means_ND: Tensor
     covariance_DD: Tensor
@@ -30,7 +30,7 @@ class LatentGaussian:
         return self.place(labels_B, torch.randn(shape, generator=generator, dtype=torch.float64))
 
     def place(self, labels_B: Tensor, normal_BD: Tensor) -> Tensor:
-        """Latents (B, C, h, w), fp32, that standard normal numbers stand for in the given classes."""
+        """Latents (B, C, h, w), fp32, that standard normal numbers stand for in given classes."""
         latents_BD = self.means_ND.double()[labels_B] + normal_BD.double() @ self._factor_DD.T
         return latents_BD.float().view(len(labels_B), *self.shape)
 

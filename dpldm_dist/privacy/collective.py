@@ -1,4 +1,4 @@
-"""The only door from the privacy code to other workers: five operations, implemented in runtime/."""
+"""The only door from the privacy code to other workers: implemented in runtime/."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Collective(Protocol):
         """In place: the maximum over workers."""
 
     def gather_slices_(self, tensor: Tensor, bounds: Sequence[int]) -> None:
-        """In place: worker r gives ``tensor[bounds[r]:bounds[r + 1]]``; then all have all slices."""
+        """In place: worker r gives ``tensor[bounds[r]:bounds[r + 1]]``; then all have all."""
 
     def broadcast_json(self, value: Any) -> Any:
         """Worker 0's value, on every worker. Small and JSON-able; other workers' is ignored."""

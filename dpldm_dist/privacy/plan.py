@@ -24,9 +24,10 @@ class PrivacyPlan:
 
     ``sample_rate`` is a multiple of 2^-40. ``clip_norm`` bounds what one record adds to a sum, in
     L2 norm, including every rounding. ``batch_cap``: a batch has at most so many records, but for a
-    probability of at most ``overflow_delta`` over all steps, which is taken off delta. ``records`` is N as declared to the public, ``divisor`` the constant q * N by which every
-    noisy sum is divided. ``statistics_noise`` is the noise multiplier of one release over all
-    records before the first step, None if there is none.
+    probability of at most ``overflow_delta`` over all steps, which is taken off delta.
+    ``records`` is N as declared to the public, ``divisor`` the constant q * N by which every noisy
+    sum is divided. ``statistics_noise`` is the noise multiplier of one release over all records
+    before the first step, None if there is none.
     """
 
     epsilon: float
@@ -52,7 +53,7 @@ class PrivacyPlan:
 
     @property
     def most_charges(self) -> int:
-        """Steps that may ever be charged, repeated ones included: what ``overflow_delta`` covers."""
+        """Steps that may ever be charged, repeated ones too: what ``overflow_delta`` covers."""
         return 2 * (self.steps + self.reserve_steps)
 
     @property
@@ -154,16 +155,16 @@ def contribution_bound(plan: PrivacyPlan, *, parameters: int, accumulation_error
     other shards). A batch within ``batch_cap`` fills at most M = floor(batch_cap / microbatch) +
     lanes microbatches, with the record and without it, and each computed one is off its exact value
     by at most half a grid unit in each of P coordinates, sqrt(P) / 2 units in norm, plus
-    ``accumulation_error`` (same unit as clip_norm; from the gradient engine). So the sum moves by at
-    most the clipped norm plus M (sqrt(P) grid + 2 accumulation_error), which is taken off here.
+    ``accumulation_error`` (same unit as clip_norm; from the gradient engine). So the sum moves by
+    at most the clipped norm plus M (sqrt(P) grid + 2 accumulation_error), which is taken off here.
     Raises: PrivacyError if more than a tenth of clip_norm would go.
     """
     microbatches = plan.batch_cap // plan.microbatch + plan.lanes
     slack = microbatches * (math.sqrt(parameters) * plan.grid + 2.0 * accumulation_error)
     if slack > 0.1 * plan.clip_norm:
         raise PrivacyError(
-            f"Rounding would take {slack / plan.clip_norm:.0%} of clip_norm for {parameters} parameters"
-            f" and microbatches of {plan.microbatch}: raise run.microbatch or privacy.lanes."
+            f"Rounding would take {slack / plan.clip_norm:.0%} of clip_norm for {parameters} "
+            f"parameters and microbatches of {plan.microbatch}: raise run.microbatch or privacy.lanes."
         )
     return plan.clip_norm - slack
 
@@ -188,6 +189,6 @@ def _refuse_over_budget(plan: PrivacyPlan, others: Sequence[GaussianEvent]) -> N
     if cost > plan.epsilon:
         raise PrivacyError(
             f"privacy.noise_multiplier = {plan.noise_multiplier} costs epsilon {cost:.3f} over"
-            f" {plan.steps + plan.reserve_steps} steps: expected at most {plan.epsilon}. Raise it, take"
-            " fewer steps, or leave it out to have it calibrated."
+            f" {plan.steps + plan.reserve_steps} steps: expected at most {plan.epsilon}. Raise it,"
+            " take fewer steps, or leave it out to have it calibrated."
         )

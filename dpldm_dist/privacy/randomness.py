@@ -107,8 +107,8 @@ def record_words(key: bytes, ids: np.ndarray, count: int) -> np.ndarray:
 
 
 def record_normals(table: np.ndarray) -> np.ndarray:
-    """Standard normal numbers from the words of each record. float64, shape as ``table`` (n, count),
-    count even; a row depends on its own words only."""
+    """Standard normal numbers from the words of each record. float64, shape as ``table`` (n,
+    count), count even; a row depends on its own words only."""
     records, count = table.shape
     halves = table.reshape(records, 2, count // 2).transpose(1, 0, 2)
     normals = normal_from_words(np.ascontiguousarray(halves).reshape(-1))

@@ -76,7 +76,7 @@ def _below(key: bytes, records: int, threshold: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Selection:
-    """Records of one microbatch: ``shards`` and ``places``, int64 (n,), n at most the microbatch."""
+    """Records of one microbatch: ``shards`` and ``places``, int64 (n,), n at most its size."""
 
     shards: np.ndarray
     places: np.ndarray
@@ -113,7 +113,7 @@ class Lanes:
         return [s for s in range(len(self._shard_records)) if s % self._lanes in mine]
 
     def microbatches(self, sampling: PoissonSampling, step: int, lane: int) -> Iterator[Selection]:
-        """The records of ``lane`` that take part in ``step``, in shard order, cut into microbatches."""
+        """The records of ``lane`` that take part in ``step``, in shard order, in microbatches."""
         shards, places = [], []
         for shard in range(lane, len(self._shard_records), self._lanes):
             chosen = sampling.select(step, shard, self._shard_records[shard])

@@ -66,7 +66,7 @@ class GroupCollective:
         return json.loads(self.broadcast_bytes(json.dumps(value).encode()))
 
     def broadcast_bytes(self, payload: bytes | None) -> bytes:
-        """Two broadcasts: the length, then the bytes. Memory of the buffers is cleared after use."""
+        """Two broadcasts: the length, then the bytes. The buffer is cleared after use."""
         length = torch.tensor([len(payload or b"")], dtype=torch.int64, device=self._device)
         dist.broadcast(length, src=0)
         buffer = torch.zeros(int(length), dtype=torch.uint8, device=self._device)

@@ -1,4 +1,4 @@
-"""The privacy mechanism that a config describes: what plan prints and finetune runs. Not a stage."""
+"""The mechanism that a config describes: what plan prints and finetune runs. Not a stage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def require_sections(config: Config) -> None:
 
 
 def plan_of(config: Config, *, records: int) -> PrivacyPlan:
-    """The plan of ``config`` for ``records`` declared records. Raises: ConfigError, PrivacyError."""
+    """The plan of ``config`` for ``records`` declared. Raises: ConfigError, PrivacyError."""
     require_sections(config)
     return make_plan(
         epsilon=config.privacy.epsilon,

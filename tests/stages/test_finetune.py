@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dpldm_dist.cli import main
 from dpldm_dist.data.latents import LatentShards
+from dpldm_dist.data.manifest import Manifest
 from dpldm_dist.errors import ConfigError, DataError, PrivacyError, RunError
 from dpldm_dist.models.directory import load_model
 from dpldm_dist.privacy.ledger import read_ledger
@@ -367,3 +369,13 @@ def test_tensorboard_carries_no_clock_times_of_private_steps(root):
     for tag in events.Tags()["scalars"]:
         times = {(event.step, event.wall_time) for event in events.Scalars(tag)}
         assert times <= {(step, 946684800.0 + step) for step in range(4)}, tag
+
+
+def test_equal_images_in_different_records_are_refused(root):
+    folder = latent_shards(root / "doubled")
+    manifest = Manifest.read(folder, "latents")
+    replace(manifest, facts={**manifest.facts, "duplicates": 1}).write(folder, private=True)
+    data = {"private": {"latents": str(folder)}}
+    with pytest.raises(PrivacyError, match="equal content"):
+        run(settings(root, "on-doubled", data=data))
+    run(settings(root, "allowed", data=data, privacy={"allow_duplicates": True}))

@@ -43,8 +43,8 @@ def declared_records(config: Config, latents: LatentShards) -> int:
     declared = config.privacy.records if config.privacy.records is not None else found
     if declared < found:
         raise ConfigError(
-            f"privacy.records = {declared} is less than the private records that were found: expected "
-            "at least as many. Raise it."
+            f"privacy.records = {declared} is less than the private records that were found: "
+            "expected at least as many. Raise it."
         )
     if latents.manifest.facts.get("duplicates") and not config.privacy.allow_duplicates:
         raise PrivacyError(
@@ -108,8 +108,8 @@ def refuse_lost_ledger(run: RunDir) -> None:
         run.gaussian.exists() or (run.tensorboard / "finetune").exists()
     ):
         raise RunError(
-            f"{run.release} holds releases of a ledger that is gone: expected {run.ledger}. Restore "
-            "it, or use a new run.dir."
+            f"{run.release} holds releases of a ledger that is gone: expected {run.ledger}. "
+            "Restore it, or use a new run.dir."
         )
 
 
@@ -124,8 +124,8 @@ def refuse_different_workers(plan: PrivacyPlan, latents: LatentShards, worker: W
     worker.collective.max_(differs)
     if differs.item():
         raise DataError(
-            "The workers see different private shards or plans: expected one shared folder. Put the "
-            "latents on storage that all machines share."
+            "The workers see different private shards or plans: expected one shared folder. Put "
+            "the latents on storage that all machines share."
         )
 
 

@@ -71,7 +71,7 @@ class PrivateData:
         self._sampling = PoissonSampling(key, attempt=attempt, sample_rate=plan.sample_rate)
 
     def microbatches(self, step: int) -> Iterator[Part]:
-        """This worker's part of the batch of ``step``; nothing when none of its records was drawn."""
+        """This worker's part of the batch of ``step``; nothing when no record of it was drawn."""
         for lane in self._lanes.of_worker(self._worker.rank, self._worker.world_size):
             for chosen in self._lanes.microbatches(self._sampling, step, lane):
                 records = self._latents.gather(chosen.shards, chosen.places)
@@ -91,7 +91,7 @@ class PrivateData:
     def gradients(
         self, denoiser: Denoiser, parameters: Mapping[str, nn.Parameter]
     ) -> PerRecordGradients:
-        """The engine, with a clip norm from which every rounding is paid; tried on made-up records."""
+        """The engine, with a clip norm that pays for every rounding; tried on made-up records."""
         plan = self._plan
         bound = contribution_bound(
             plan,

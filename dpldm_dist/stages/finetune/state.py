@@ -103,8 +103,8 @@ class TrainingState:
         )
         if not ledger.contains(saved.facts["ledger_head"]):
             raise PrivacyError(
-                "The newest checkpoint belongs to another ledger, or the ledger was cut or replaced: "
-                "restore the ledger that goes with it, or use a new run.dir."
+                "The newest checkpoint belongs to another ledger, or the ledger was cut or "
+                "replaced: restore the ledger that goes with it, or use a new run.dir."
             )
         self._load(saved)
         return True
