@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dpldm_dist import __version__
 from dpldm_dist.errors import DpldmError
@@ -19,30 +19,31 @@ from dpldm_dist.errors import DpldmError
 
 @dataclass(frozen=True)
 class Command:
-    """One sub-command: ``module:function`` and what the help says. ``workers``: it runs on them."""
+    """One sub-command: ``module:function``, what the help says, and where it runs.
+
+    "here": in this process, which looks after the run directory itself if it needs one; "alone":
+    on one worker that holds the run directory; "workers": on all workers of the run.
+    """
 
     function: str
     summary: str
-    workers: bool = False
+    where: Literal["here", "alone", "workers"]
 
 
 COMMANDS = {
-    "demo": Command("dpldm_dist.demo:demo", "the whole pipeline on real digits, in minutes"),
-    "prepare": Command("dpldm_dist.stages.prepare:prepare", "images -> image shards"),
-    "encode": Command("dpldm_dist.stages.encode:encode", "image shards -> latent shards", True),
-    "pretrain": Command(
-        "dpldm_dist.stages.pretrain:pretrain", "public latents -> public model", True
-    ),
-    "finetune": Command(
-        "dpldm_dist.stages.finetune:finetune", "private latents -> private model and ledger", True
-    ),
-    "sample": Command("dpldm_dist.stages.sample:sample", "private model -> synthetic images", True),
-    "evaluate": Command(
-        "dpldm_dist.stages.evaluate:evaluate", "score synthetic images (not private)", True
-    ),
-    "report": Command("dpldm_dist.stages.report:report", "the report that goes with a release"),
-    "plan": Command("dpldm_dist.stages.plan:plan", "what a config would cost; touches no data"),
-    "check": Command("dpldm_dist.stages.check:check", "test the machine, the disk and the workers"),
+    name: Command(f"dpldm_dist.{function}", summary, where)
+    for name, function, summary, where in (
+        ("demo", "demo:demo", "the whole pipeline on real digits, in minutes", "here"),
+        ("prepare", "stages.prepare:prepare", "images -> image shards", "alone"),
+        ("encode", "stages.encode:encode", "image shards -> latent shards", "workers"),
+        ("pretrain", "stages.pretrain:pretrain", "public latents -> public model", "workers"),
+        ("finetune", "stages.finetune:finetune", "private latents -> private model", "workers"),
+        ("sample", "stages.sample:sample", "private model -> synthetic images", "workers"),
+        ("evaluate", "stages.evaluate:evaluate", "scores against private images", "workers"),
+        ("report", "stages.report:report", "the report that goes with a release", "alone"),
+        ("plan", "stages.plan:plan", "what a config would cost; touches no data", "here"),
+        ("check", "stages.check:check", "test the machine, the disk and the workers", "here"),
+    )
 }
 
 
@@ -96,20 +97,20 @@ def _run(options: argparse.Namespace) -> None:
     if options.dry_run:
         print("\n".join(module.describe(config)))
         return
-    _perform(getattr(module, command.function.partition(":")[2]), config, workers=command.workers)
+    _perform(getattr(module, command.function.partition(":")[2]), config, where=command.where)
 
 
-def _perform(stage: Callable[..., Any], config: Any, *, workers: bool) -> None:
-    """Hold the run directory, show progress, and run the stage here or on its workers."""
+def _perform(stage: Callable[..., Any], config: Any, *, where: str) -> None:
+    """Hold the run directory, show progress, and run the stage where it belongs."""
     from dpldm_dist.runtime.launch import Job, launch
     from dpldm_dist.runtime.rundir import RunDir
     from dpldm_dist.runtime.tracking import show_progress
     from dpldm_dist.runtime.worker import solo_worker
 
-    run = RunDir(config.run.dir)
-    if stage.__module__.rpartition(".")[2] in ("plan", "check", "demo"):
-        stage(config, solo_worker())  # plan and check leave nothing; demo holds the run itself
+    if where == "here":
+        stage(config, solo_worker())
         return
+    run = RunDir(config.run.dir)
     alone = config.run.model_copy(update={"workers": 1, "launcher": "local"})
     with run.create().lock(), show_progress(run.progress):
-        launch([Job(stage, config)], run=config.run if workers else alone)
+        launch([Job(stage, config)], run=config.run if where == "workers" else alone)

@@ -185,7 +185,7 @@ class FinetuneConfig(_Section):
     """Noise multiplier of one release of class means and covariance of the private latents,
     charged to the same budget. None: no release, no warm-up, no Gaussian baseline."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps of ordinary training on draws from the released Gaussian before the noisy ones; free."""
+    """Steps of ordinary training on draws from the released Gaussian, before the noisy steps."""
     warmup_batch: int = Field(256, ge=1)
     warmup_learning_rate: float = Field(4e-3, gt=0)
 

@@ -17,7 +17,7 @@ from dpldm_dist.errors import DataError
 
 @dataclass(frozen=True)
 class LatentGaussian:
-    """``means_ND`` of N classes, ``covariance_DD`` over flattened latents of ``shape`` (C, h, w)."""
+    """``means_ND`` of N classes, ``covariance_DD`` over flat latents of ``shape`` (C, h, w)."""
 
     means_ND: Tensor
     covariance_DD: Tensor

@@ -164,7 +164,8 @@ def contribution_bound(plan: PrivacyPlan, *, parameters: int, accumulation_error
     if slack > 0.1 * plan.clip_norm:
         raise PrivacyError(
             f"Rounding would take {slack / plan.clip_norm:.0%} of clip_norm for {parameters} "
-            f"parameters and microbatches of {plan.microbatch}: raise run.microbatch or privacy.lanes."
+            f"parameters and microbatches of {plan.microbatch}: raise run.microbatch or lower "
+            "privacy.lanes."
         )
     return plan.clip_norm - slack
 

@@ -135,6 +135,17 @@ def test_removing_one_record_moves_the_sum_by_at_most_the_clip_norm(root):
     assert max(moved) > 0.5  # the record took part at least once, and its gradient was clipped
 
 
+def test_removing_a_person_with_several_images_moves_the_sum_by_at_most_the_clip_norm(root):
+    people = {"images": 4, "views": 2}
+    whole = latent_shards(root / "people", **people)
+    fewer = latent_shards(root / "fewer-people", skip=(1, SHARD_RECORDS - 1), **people)
+    moved = [
+        float((noiseless_sum(root, whole, s) - noiseless_sum(root, fewer, s)).norm())
+        for s in range(3)
+    ]
+    assert 0.5 < max(moved) <= 1.0
+
+
 def test_a_record_that_is_not_finite_counts_as_absent(root):
     place = (2, SHARD_RECORDS - 1)
     spoilt = latent_shards(root / "spoilt", spoil=place)

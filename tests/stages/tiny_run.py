@@ -42,25 +42,32 @@ def public_model(folder: Path) -> Path:
 
 
 def latent_shards(
-    folder: Path, *, skip: tuple[int, int] | None = None, spoil: tuple[int, int] | None = None
+    folder: Path,
+    *,
+    skip: tuple[int, int] | None = None,
+    spoil: tuple[int, int] | None = None,
+    images: int = 1,
+    views: int = 1,
 ) -> Path:
     """Five shards of 16 records of 3 classes. ``skip``: leave out this (shard, place), which must be
-    the last of its shard; ``spoil``: give it latents so large that its gradient is not finite."""
+    the last of its shard; ``spoil``: give it latents so large that its gradient is not finite.
+    A record has 1 to ``images`` images of ``views`` views."""
     entries = []
     for shard in range(SHARDS):
         generator = np.random.default_rng(shard)
         records = []
         for place in range(SHARD_RECORDS):
-            moments = generator.standard_normal((1, 1, 8, 4, 4)).astype(np.float32)
+            count = int(generator.integers(1, images + 1))
+            moments = generator.standard_normal((count, views, 8, 4, 4)).astype(np.float32)
             moments[:, :, 4:] = -4.0
-            label = int(generator.integers(3))
+            labels = generator.integers(0, 3, count).tolist()
             if (shard, place) == spoil:
                 moments[:, :, 4:] = 6e4  # exp(3e4) is infinite in float32
             if (shard, place) != skip:
-                records.append(LatentRecord(f"s{shard}r{place}", moments, [label]))
+                records.append(LatentRecord(f"s{shard}r{place}", moments, labels))
         name = f"latents-{shard:05d}.tar"
         entry = write_latent_shard(
-            folder, name, records, images_per_record=1, source="made up", private=True
+            folder, name, records, images_per_record=images, source="made up", private=True
         )
         entries.append(entry)
     write_latents_manifest(
