@@ -65,7 +65,7 @@ def demo(config: Config, worker: Worker) -> None:
         for job in jobs:
             RunDir(job.config.run.dir).create()
         launch(
-            [Job(prepare, config)],
+            [Job(prepare, config, timed=True)],
             run=with_changes(config, run={"launcher": "local", "workers": 1}).run,
         )
         launch(jobs, run=config.run)
@@ -93,19 +93,20 @@ def _jobs(config: Config) -> list[Job]:
     floor = {"model": compare / UNTUNED, "out": folders[FLOOR]}
     gaussian = {"generator": "gaussian", "out": folders[GAUSSIAN]}
     scored = with_changes(config, evaluate={"compare": folders})
-    return [
-        Job(encode, config),
-        Job(pretrain, config),
-        Job(finetune, config),
-        Job(sample, config),
-        Job(untuned_model, config),
-        Job(sample, with_changes(config, sample=floor)),
-        Job(sample, with_changes(config, sample=gaussian)),
-        Job(finetune, without_noise),
-        Job(sample, without_noise),
-        Job(evaluate, scored),
-        Job(report, config),
+    stages = [
+        (encode, config),
+        (pretrain, config),
+        (finetune, config),
+        (sample, config),
+        (untuned_model, config),
+        (sample, with_changes(config, sample=floor)),
+        (sample, with_changes(config, sample=gaussian)),
+        (finetune, without_noise),
+        (sample, without_noise),
+        (evaluate, scored),
+        (report, config),
     ]
+    return [Job(stage, changed, timed=True) for stage, changed in stages]
 
 
 def _without_noise(config: Config, run: RunDir) -> Config:

@@ -28,10 +28,12 @@ Stage = Callable[[Config, Worker], Any]
 
 @dataclass(frozen=True)
 class Job:
-    """One stage to run on all workers: a module-level function and its config."""
+    """One stage to run on all workers: a module-level function and its config. ``timed``: its
+    seconds are noted in the run, for ``stage_seconds``."""
 
     stage: Stage
     config: Config
+    timed: bool = False
 
 
 def job_order(jobs: Sequence[Job], *, run: RunConfig) -> dict[str, Any]:
@@ -41,7 +43,11 @@ def job_order(jobs: Sequence[Job], *, run: RunConfig) -> dict[str, Any]:
         "path": [entry for entry in sys.path if entry],
         "run": run.model_dump(mode="json"),
         "jobs": [
-            {"stage": stage_name(job.stage), "config": job.config.model_dump(mode="json")}
+            {
+                "stage": stage_name(job.stage),
+                "config": job.config.model_dump(mode="json"),
+                "timed": job.timed,
+            }
             for job in jobs
         ],
     }
@@ -58,7 +64,7 @@ def do_jobs(order: dict[str, Any], worker: Worker) -> None:
             config, started = parse_config(job["config"]), time.monotonic()
             find_stage(job["stage"])(config, worker)
             worker.collective.barrier()
-            if worker.rank == 0:
+            if job["timed"] and worker.rank == 0:
                 _note_seconds(RunDir(config.run.dir), job["stage"], time.monotonic() - started)
 
 
@@ -82,7 +88,7 @@ def run_dirs(jobs: Sequence[Job]) -> list[RunDir]:
 
 
 def stage_seconds(run: RunDir) -> dict[str, float]:
-    """Seconds that each stage took, over all its starts."""
+    """Seconds that each timed stage took, over all its starts."""
     path = run.private / _SECONDS
     return json.loads(path.read_text()) if path.is_file() else {}
 
