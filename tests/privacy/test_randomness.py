@@ -83,7 +83,7 @@ def test_noise_has_the_law_of_a_gaussian():
     assert abs(float((z**4).mean()) - 3) < 5 * math.sqrt(96 / count)
     half = torch.special.ndtr(torch.sort(z).values)
     grid = (torch.arange(count) + 0.5) / count
-    assert float((half - grid).abs().max()) < 2.2 / math.sqrt(count)  # Kolmogorov, p = 1e-4
+    assert float((half - grid).abs().max()) < 2.7 / math.sqrt(count)  # Kolmogorov, p = 1e-6
     assert float((z[:-1] * z[1:]).mean().abs()) < 5 / math.sqrt(count)
     assert float((z[: count // 2] * z[count // 2 :]).mean().abs()) < 5 / math.sqrt(count / 2)
 
