@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/dpldm demo --config configs/demo.toml
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest
 
 lint: $(READY)
 	$(BIN)/python -m pip install --quiet "ruff>=0.9,<1"
