@@ -11,11 +11,14 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dpldm_dist import __version__
+from dpldm_dist.config import refuse_other_settings
 from dpldm_dist.data.files import describe_file, read_file, write_file
-from dpldm_dist.errors import DataError
+from dpldm_dist.errors import DataError, RunError
 
 MANIFEST = "manifest.json"
 KINDS = ("images", "latents", "autoencoder", "model", "samples", "evaluation", "report")
@@ -83,6 +86,31 @@ class Manifest:
         if name not in self.files:
             raise DataError(f"{name} is not listed in the manifest of the {self.kind}.")
         return self.files[name]
+
+
+def finished_manifest(
+    folder: Path, kind: str, *, settings: dict[str, Any], parents: dict[str, str]
+) -> Manifest | None:
+    """What a finished stage left in ``folder``; None if it is not finished.
+
+    Raises: RunError if it was made with other ``settings`` or from other ``parents``.
+    """
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = Manifest.read(folder, kind)
+    refuse_other_settings(manifest.config, settings, folder)
+    for name, digest in parents.items():
+        if manifest.parents.get(name) != digest:
+            raise RunError(
+                f"{folder} was made from other {name}: use a new run.dir, or remove that folder to "
+                "make it again."
+            )
+    return manifest
+
+
+def software() -> dict[str, str]:
+    """Versions on which weights depend, for the facts of a manifest."""
+    return {"dpldm_dist": __version__, "torch": version("torch")}
 
 
 def canonical_json(value: Any) -> bytes:

@@ -1,9 +1,9 @@
 """All secret randomness of a run: ChaCha20 keystreams, each named by what it is for.
 
-One 32-byte run key, drawn from the operating system, is the root. Every use derives its own key
-by HMAC-SHA256 from a description (purpose, attempt, step, slice), so that no two uses share a byte
-of keystream and any value can be drawn by whichever worker needs it. A torch generator is never
-used: the CPU one keeps 32 bits of its seed.
+One 32-byte key, drawn from the operating system at every start, is the root. Every use derives its
+own key by HMAC-SHA256 from a description (purpose, attempt, step, slice), so that no two uses share
+a byte of keystream and any value can be drawn by whichever worker needs it. A torch generator is
+never used: the CPU one keeps 32 bits of its seed.
 
 Source: ChaCha20, RFC 8439; HMAC, RFC 2104; Box and Muller (1958).
 """

@@ -15,15 +15,20 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from dpldm_dist import __version__
-from dpldm_dist.config import Config, refuse_other_settings
+from dpldm_dist.config import Config
 from dpldm_dist.data.latents import (
     LatentRecord,
     finished_latent_shard,
     write_latent_shard,
     write_latents_manifest,
 )
-from dpldm_dist.data.manifest import MANIFEST, Manifest, describe_files
+from dpldm_dist.data.manifest import (
+    MANIFEST,
+    Manifest,
+    describe_files,
+    finished_manifest,
+    software,
+)
 from dpldm_dist.data.shards import ImageRecord, ImageShards, read_images, stream_images
 from dpldm_dist.errors import ConfigError, DataError, RunError
 from dpldm_dist.models.autoencoder import (
@@ -91,7 +96,7 @@ def pretrain_autoencoder(config: Config, worker: Worker) -> Manifest:
     images = _public_images(config)
     parents = {} if images is None else {"images": images.manifest.digest}
     settings = _autoencoder_settings(config)
-    finished = _finished_autoencoder(run.autoencoder, settings, parents)
+    finished = finished_manifest(run.autoencoder, "autoencoder", settings=settings, parents=parents)
     worker.collective.barrier()  # all have looked before anybody writes
     if finished is not None:
         return finished
@@ -387,7 +392,7 @@ def _save_autoencoder(
     facts |= {
         "class": type(autoencoder).__name__,
         "parameters": sum(p.numel() for p in autoencoder.parameters()),
-        "software": _software(),
+        "software": software(),
     }
     autoencoder.cpu().save_pretrained(run.autoencoder, safe_serialization=True)
     files = describe_files(run.autoencoder, ["config.json", "diffusion_pytorch_model.safetensors"])
@@ -446,24 +451,3 @@ def _autoencoder_settings(config: Config) -> dict[str, Any]:
     data = {name: tree["data"][name] for name in ("size", "channels")}
     model = {"init": tree["model"]["init"]}
     return {"autoencoder": tree["autoencoder"], "data": data, "model": model}
-
-
-def _finished_autoencoder(
-    folder: Path, settings: dict[str, Any], parents: dict[str, str]
-) -> Manifest | None:
-    """The manifest of this very autoencoder if it is complete. Raises: RunError otherwise."""
-    if not (folder / MANIFEST).is_file():
-        return None
-    manifest = Manifest.read(folder, "autoencoder")
-    refuse_other_settings(manifest.config, settings, folder)
-    for name, digest in parents.items():
-        if manifest.parents.get(name) != digest:
-            raise RunError(
-                f"{folder} was made from other {name}: use a new run.dir, or remove that folder to "
-                "make it again."
-            )
-    return manifest
-
-
-def _software() -> dict[str, str]:
-    return {"dpldm_dist": __version__, "torch": str(torch.__version__)}

@@ -13,12 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpldm_dist import __version__
-from dpldm_dist.config import Config, ModelConfig, refuse_other_settings
+from dpldm_dist.config import Config, ModelConfig
 from dpldm_dist.data.latents import LatentShards
-from dpldm_dist.data.manifest import MANIFEST, Manifest, describe_files
+from dpldm_dist.data.manifest import (
+    MANIFEST,
+    Manifest,
+    describe_files,
+    finished_manifest,
+    software,
+)
 from dpldm_dist.data.shards import ImageShards
-from dpldm_dist.errors import ConfigError, DataError, RunError
+from dpldm_dist.errors import ConfigError, DataError
 from dpldm_dist.models.autoencoder import Autoencoder, latent_shape
 from dpldm_dist.models.captions import CaptionEncoder
 from dpldm_dist.models.conditioning import ClassEmbedder, Kind, random_rows
@@ -54,7 +59,7 @@ def pretrain(config: Config, worker: Worker) -> Manifest:
         parents["latents"] = latents.manifest.digest
     elif (config.model.init / MANIFEST).is_file():  # another run of ours made it
         parents["init"] = Manifest.read(config.model.init).digest
-    finished = _finished(run.public_model, settings, parents)
+    finished = finished_manifest(run.public_model, "model", settings=settings, parents=parents)
     worker.collective.barrier()  # all have looked before anybody writes
     if finished is not None:
         return finished
@@ -233,7 +238,7 @@ def _save_model(
         "classes": list(model.classes),
         "conditioning": model.kind,
         "parameters": sum(p.numel() for p in model.unet.parameters()),
-        "software": _software(),
+        "software": software(),
     }
     files = describe_files(run.public_model, names)
     Manifest("model", facts, files, settings, parents).write(run.public_model)
@@ -347,22 +352,3 @@ def _public_latents(config: Config, autoencoder: Manifest) -> LatentShards:
 def _settings(config: Config) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     return {"model": tree["model"], "pretrain": tree["pretrain"]}
-
-
-def _finished(folder: Path, settings: dict[str, Any], parents: dict[str, str]) -> Manifest | None:
-    """The manifest of this very model if it is complete. Raises: RunError if it is another."""
-    if not (folder / MANIFEST).is_file():
-        return None
-    manifest = Manifest.read(folder, "model")
-    refuse_other_settings(manifest.config, settings, folder)
-    for name, digest in parents.items():
-        if manifest.parents.get(name) != digest:
-            raise RunError(
-                f"{folder} was made from other {name}: use a new run.dir, or remove that folder to "
-                "make it again."
-            )
-    return manifest
-
-
-def _software() -> dict[str, str]:
-    return {"dpldm_dist": __version__, "torch": str(torch.__version__)}

@@ -12,7 +12,7 @@ from contextlib import closing
 
 from dpldm_dist.config import Config
 from dpldm_dist.data.latents import LatentShards
-from dpldm_dist.data.manifest import Manifest
+from dpldm_dist.data.manifest import Manifest, finished_manifest
 from dpldm_dist.models.directory import load_model
 from dpldm_dist.privacy.ledger import SharedLedger
 from dpldm_dist.privacy.plan import PrivacyPlan
@@ -35,8 +35,8 @@ from dpldm_dist.stages.finetune.preparation import (
     trainable_model,
 )
 from dpldm_dist.stages.finetune.private_data import PrivateData
-from dpldm_dist.stages.finetune.publication import finished, publish
-from dpldm_dist.stages.finetune.state import TrainingState
+from dpldm_dist.stages.finetune.publication import publish
+from dpldm_dist.stages.finetune.state import TrainingState, settings_of
 from dpldm_dist.stages.mechanism import plan_of, require_sections
 
 
@@ -53,7 +53,8 @@ def finetune(config: Config, worker: Worker) -> Manifest:
     require_sections(config)
     run = RunDir(config.run.dir)
     refuse_unsafe_place(config, run)
-    if (done := finished(config, run)) is not None:
+    done = finished_manifest(run.release, "model", settings=settings_of(config), parents={})
+    if done is not None:
         return done
     public = load_model(public_model_dir(config, run))
     latents = LatentShards(dataset_dir(config, "private", "latents"))
@@ -92,9 +93,8 @@ def finetune(config: Config, worker: Worker) -> Manifest:
             while state.step < last:
                 ledger.charge(plan.step_event, what="step", step=state.step)  # durable first
                 for part in data.microbatches(state.step):
-                    gradients.add(
-                        data.losses(denoiser, part), part.mask_B
-                    )  # clip each, add to the sum
+                    # clip the gradient of each record, add it to the sum
+                    gradients.add(data.losses(denoiser, part), part.mask_B)
                 noisy_norm = state.optimizer.step(gradients.take_sum(), state.step)  # noise once
                 state.tick()
                 progress.advance(state.step)

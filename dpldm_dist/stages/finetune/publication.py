@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from dpldm_dist import __version__
-from dpldm_dist.config import Config, refuse_other_settings
+from dpldm_dist.config import Config
 from dpldm_dist.data.latents import LatentShards
-from dpldm_dist.data.manifest import MANIFEST, Manifest, describe_files
+from dpldm_dist.data.manifest import MANIFEST, Manifest, describe_files, software
 from dpldm_dist.models.directory import LoadedModel, save_model
 from dpldm_dist.privacy.ledger import SharedLedger
 from dpldm_dist.privacy.plan import PrivacyPlan
@@ -17,15 +14,6 @@ from dpldm_dist.runtime.rundir import RunDir, dataset_dir
 from dpldm_dist.runtime.worker import Worker
 from dpldm_dist.stages.finetune.preparation import has_claim
 from dpldm_dist.stages.finetune.state import TrainingState, settings_of
-
-
-def finished(config: Config, run: RunDir) -> Manifest | None:
-    """The manifest of this very run if it is complete. Raises: RunError for other settings."""
-    if not (run.release / MANIFEST).is_file():
-        return None
-    manifest = Manifest.read(run.release, "model")
-    refuse_other_settings(manifest.config, settings_of(config), run.release)
-    return manifest
 
 
 def publish(
@@ -91,7 +79,7 @@ def _facts(
         "parameters_all": sum(p.numel() for p in state.denoiser.parameters()),
         "embedder_grad_scale": state.denoiser.embedder.grad_scale,
         "classes": list(latents.classes),
-        "software": {"dpldm_dist": __version__, "torch": torch.__version__},
+        "software": software(),
     }
 
 
