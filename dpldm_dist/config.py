@@ -7,14 +7,39 @@ key, or ``--set key=none``, is None. Numbers that decide privacy have no default
 from __future__ import annotations
 
 import difflib
+import json
+import os
+import re
+import stat
 import tomllib
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dpldm_dist.errors import ConfigError, RunError
+
+_MOST_BYTES = 1 << 18  # nobody's config is longer; bounds what a hostile file can make us read
+# tomllib needs time and memory that grow with the square of the parts of a dotted key.
+_LONG_KEY = re.compile(
+    r"""(?<![\w-])(?:(?:[\w-]+|"(?:[^"\\\n]|\\.){0,200}+"|'[^'\n]{0,200}+')[ \t]*\.[ \t]*){50}""",
+    re.ASCII,
+)
+_LARGEST_NUMBER = 2**53  # above it a float no longer holds every integer
+_DEEPEST = 8  # nobody's config is nested further
+_LONGEST_NAME = 255  # bytes: what file systems take
+_MOST_SHOWN, _MOST_FAULTS = 60, 5  # characters of a refused value; refused values in a message
+# They change the order in which a terminal shows the text around them.
+_REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 class _Section(BaseModel):
@@ -55,12 +80,18 @@ class DataConfig(_Section):
     """An image that cannot be read stops the run with its name, or is skipped and counted."""
     on_duplicates: Literal["report", "stop"] = "report"
     """Images of equal content break record-level privacy: report them, or stop."""
+    unit: str = Field("image", pattern=r"^[A-Za-z][A-Za-z _-]{0,39}$")
+    """What a record stands for, and whom the guarantee protects. "image": each image is a record.
+    Any other word (patient, user): the private source names the unit of every image, and all images
+    of a unit form one record, which is drawn, averaged and clipped as one."""
     max_images_per_unit: int = Field(1, ge=1)
     """Images kept of one unit (person); a fixed random subset. One record holds them all."""
     shard_records: int = Field(500, ge=1)
     """Records per shard."""
     flips: bool = False
     """Store the mirrored image too, as a second view of the same record. Not for text or digits."""
+    allow_shared_files: bool = False
+    """Read shards of private or held-out data although other users may read or change them."""
     public: DatasetConfig = DatasetConfig()
     private: DatasetConfig = DatasetConfig()
     heldout: DatasetConfig = DatasetConfig()
@@ -134,8 +165,6 @@ class PrivacyConfig(_Section):
     clip_norm: float = Field(gt=0)
     """Bound on the L2 norm of what one record adds to the sum. The learning rate does not depend
     on it: the noisy sum is divided by it."""
-    unit: str = "image"
-    """What one record stands for, in words (image, patient, user), for the report."""
     noise_multiplier: float | None = Field(None, gt=0)
     """Standard deviation of the noise over clip_norm. None: the smallest that meets the budget."""
     records: int | None = Field(None, ge=1)
@@ -144,10 +173,23 @@ class PrivacyConfig(_Section):
     lanes: int = Field(4, ge=1)
     """Fixed groups of shards within which microbatches are packed; also the most workers that
     can share the work. Part of the mechanism: a run keeps its value."""
+    telemetry_share: float = Field(0.01, ge=0, le=0.02)
+    """Share of the squared clip_norm that a record's clipped loss, its count and its clip flag take
+    in the noisy sum, so that a run shows its training loss with error bars at no further charge.
+    Costs as much as half that share more noise. 0: none of them. A run keeps its value."""
     reserve_steps: int = Field(0, ge=0)
     """Steps that the budget pays for beyond finetune.steps, for work repeated after a crash."""
     allow_duplicates: bool = False
     """Train although the private set holds images of equal content in different records."""
+    dataset_epsilon: float | None = Field(None, gt=0)
+    """One budget for all runs on the same private images, fixed by the first of them, which makes
+    the file that holds it; every run then reserves from it what it may spend. None: no new file,
+    but a file that is there is obeyed."""
+    dataset_delta: float | None = Field(None, gt=0, lt=1)
+    """Delta of that budget. Both numbers or none."""
+    dataset_ledger: Path | None = None
+    """The file of that budget. None: ``budget.jsonl`` beside the folder of private latents. Name
+    one file for all encodings of the same images."""
 
 
 class FinetuneConfig(_Section):
@@ -233,12 +275,26 @@ class EvaluateConfig(_Section):
     """Folder of samples to score. None: those of ``sample.out``, or of the run."""
 
 
+class AuditConfig(_Section):
+    canaries: int = Field(1000, ge=128, le=100_000)
+    """Made-up records of which a fair coin includes each. More find smaller faults, and take
+    longer."""
+    epsilon: float = Field(3.0, gt=0, le=3.5)
+    """What the audited run claims, at a delta of 1e-5. Above about 3.5 no guesses of a thousand
+    canaries could contradict a claim."""
+    steps: int = Field(24, ge=12)
+    """Noisy steps of the audited run."""
+    selection_steps: int = Field(128, ge=32)
+    """Steps in which the audit looks at who was drawn."""
+
+
 class RunConfig(_Section):
     dir: Path = Path("runs/default")
     """Everything of a run lies here: ``public/``, ``private/`` (0700) and ``release/``."""
     launcher: Literal["local", "ray"] = "local"
-    workers: int = Field(1, ge=1)
-    """Worker processes. Never changes the result."""
+    workers: int | tuple[int, int] = 1
+    """Worker processes, or ``[least, most]``: a Ray cluster that shrinks or grows is used as it is
+    (the local launcher takes the most). Never changes the result."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(None, ge=1)
     """CPU threads of a worker. None: the cores divided by the workers."""
@@ -248,16 +304,62 @@ class RunConfig(_Section):
     stated bound."""
     checkpoint_every: int = Field(20, ge=1)
     """Steps between checkpoints."""
-    checkpoint_keep: int = Field(2, ge=1)
+    checkpoint_keep: int = Field(2, ge=2)
+    """Checkpoints that stay; two at least, so that a damaged one has another before it."""
     timeout_s: float = Field(600.0, gt=0)
     """How long a collective waits for a lost worker."""
+    stop_grace_s: float = Field(100.0, gt=0)
+    """After SIGTERM or SIGUSR1: how long the run may take to save before it leaves unsaved."""
+    max_failures: int = Field(3, ge=0, le=1000)
+    """How often one start replaces workers that died or hung (launcher "ray"). An error that would
+    come back is never tried again."""
+    nodes_wait_s: float = Field(120.0, gt=0)
+    """How long to wait for a Ray cluster to have room for the (least) workers."""
     ray_address: str = "local"
-    """Address of a Ray cluster; "local" starts one on this machine."""
+    """Address of a Ray cluster; "local" starts one on this machine, "auto" finds one that runs
+    here."""
+    ray_api_address: str | None = None
+    """Where ``dpldm submit`` sends jobs: the http(s) address of a cluster's dashboard. None: the
+    environment variable RAY_API_SERVER_ADDRESS."""
+    ray_folder: Path | None = None
+    """Folder on the cluster in which a submitted job runs: relative paths mean paths below it.
+    None: the current folder, which the cluster must share."""
+    submit_wait: bool = True
+    """``dpldm submit`` follows the job and ends with its exit code; false: it leaves at once."""
     unsafe_test_key: str | None = None
     """Hex of a fixed key, for tests: the run has no privacy claim."""
+    unsafe_diagnostics: bool = False
+    """Write raw private values of every step (loss, batch size, gradient norms) as TensorBoard into
+    ``private/diagnostics``: no privacy claim."""
     unsafe_no_noise: bool = False
     """Train without noise, for comparison: no privacy claim. ``dir`` must lie below a folder named
     private with mode 0700."""
+
+    @property
+    def least_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def crew(self) -> str:
+        """``run.workers`` in words: ``2`` or ``1 to 4``."""
+        least, most = self.least_workers, self.most_workers
+        return f"{most}" if least == most else f"{least} to {most}"
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _number_or_range(cls, value: Any) -> int | tuple[int, int]:
+        bounds = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+        if (
+            len(bounds) != 2
+            or any(not isinstance(bound, int) or isinstance(bound, bool) for bound in bounds)
+            or not 1 <= bounds[0] <= bounds[1]
+        ):
+            raise ValueError("expected a number of workers from 1 on, or [least, most]")
+        return bounds[0] if isinstance(value, int) else bounds
 
 
 class Config(_Section):
@@ -269,6 +371,7 @@ class Config(_Section):
     finetune: FinetuneConfig | None = None
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    audit: AuditConfig = AuditConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
@@ -277,33 +380,54 @@ class Config(_Section):
             raise ValueError("block_channels: expected at least one number")
         if self.model.beta_end <= self.model.beta_start:
             raise ValueError("model.beta_end: expected more than model.beta_start")
+        if self.privacy and (
+            (self.privacy.dataset_epsilon is None) != (self.privacy.dataset_delta is None)
+        ):
+            raise ValueError(
+                "privacy.dataset_epsilon, privacy.dataset_delta: expected both numbers, or none"
+            )
+        if self.data.unit == "image" and self.data.max_images_per_unit > 1:
+            raise ValueError(
+                "data.max_images_per_unit: expected 1 with data.unit = image; say whose images "
+                "they are (data.unit = patient, user, ...)"
+            )
         return self
 
 
 def load_config(path: Path | None = None, assignments: Sequence[str] = ()) -> Config:
     """Read ``path`` (TOML), apply ``section.key=value`` assignments, validate.
 
-    Raises: ConfigError naming the key, what was found and what was expected.
+    Formal guarantees: every value is taken as the file says it or refused: no text becomes a
+    number, no number a truth value, nothing is rounded, and no key is left out.
+    Raises: ConfigError naming the file, the key, what was found and what was expected.
     """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            tree = tomllib.loads(Path(path).read_text())
-        except OSError as error:
-            raise ConfigError(f"Cannot read the config {path}: {error.strerror}.") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+    tree = {} if path is None else _read_toml(path)
     for assignment in assignments:
         _assign(tree, assignment)
-    return parse_config(tree)
+    try:
+        return parse_config(tree)
+    except ConfigError as error:
+        if path is None:
+            raise
+        origin = f"{path} with --set" if assignments else f"{path}"
+        raise ConfigError(f"{origin}: {error}") from None
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
     """A plain nested dict as a checked Config. Raises: ConfigError."""
+    for name, value in _leaves(tree):
+        _refuse_odd(name, value)
     try:
-        return Config.model_validate(tree)
+        # JSON has arrays and texts where Python has tuples and paths; types are taken strictly
+        return Config.model_validate_json(json.dumps(tree, default=os.fspath), strict=True)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(tree, item) for item in error.errors())) from None
+        faults = [_explain(item) for item in error.errors()]
+        more = [f"{len(faults) - _MOST_FAULTS} more"] if len(faults) > _MOST_FAULTS else []
+        raise ConfigError("; ".join(faults[:_MOST_FAULTS] + more)) from None
+    except TypeError:
+        raise ConfigError(
+            "A date or time: expected texts, numbers, true, false, lists and sections only."
+        ) from None
 
 
 def with_changes(config: Config, **sections: dict[str, Any]) -> Config:
@@ -319,12 +443,92 @@ def refuse_other_settings(found: dict[str, Any], wanted: dict[str, Any], folder:
     was made otherwise."""
     for section, fields in wanted.items():
         for name, value in fields.items():
-            old = found.get(section, {}).get(name)
+            settings = found.get(section)
+            old = settings.get(name) if isinstance(settings, dict) else None
             if old != value:
                 raise RunError(
-                    f"{folder} was made with {section}.{name} = {old}, this config says {value}: "
-                    "restore the option, or use a new run.dir."
+                    f"{folder} was made with {section}.{name} = {_shown(str(old))}, this config "
+                    f"says {_shown(str(value))}: restore the option, or use a new run.dir."
                 )
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        # a pipe or a device would never end
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ConfigError(f"{path} is not a regular file: give a TOML file.")
+            content = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot read the config {path}: {error.strerror}. Give a TOML file."
+        ) from None
+    except ValueError:  # a zero byte in the name
+        raise ConfigError(f"Cannot read the config {str(path)!r}: give a TOML file.") from None
+    if len(content) > _MOST_BYTES:
+        raise ConfigError(f"{path} is longer than {_MOST_BYTES} bytes: give a TOML file of a run.")
+    try:
+        text = content.decode()
+        if _LONG_KEY.search(text):
+            raise RecursionError
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ConfigError(f"{path} is not valid TOML: it is nested too deeply. Mend it.") from None
+    except ValueError as error:  # not TOML, not UTF-8, or a number or date that cannot be
+        raise ConfigError(f"{path} is not valid TOML: {error}. Mend it.") from None
+
+
+def _leaves(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of everything in a nested dict but dicts and lists; keys are values too.
+
+    Raises: ConfigError if it is nested more deeply than any config.
+    """
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), tree)]
+    while waiting:
+        path, value = waiting.pop()
+        name = ".".join(path)
+        if len(path) > _DEEPEST:
+            raise ConfigError(f"{_shown(name)}: nested too deeply, expected section.key.")
+        if isinstance(value, dict):
+            yield from ((f"a name in {name or 'the config'}", key) for key in value)
+            waiting.extend(((*path, str(key)), part) for key, part in value.items())
+        elif isinstance(value, (list, tuple)):
+            waiting.extend(((*path, str(place)), part) for place, part in enumerate(value))
+        else:
+            yield name, value
+
+
+def _refuse_odd(name: str, value: Any) -> None:
+    """Raises: ConfigError for what no setting can mean and what breaks a path, a line or a sum."""
+    if isinstance(value, (str, os.PathLike)):
+        text = str(value)
+        if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text) or (
+            _REORDERING & set(text)
+        ):
+            raise ConfigError(f"{_shown(name)} = {_shown(text)}: expected no control characters.")
+        if max(len(part.encode()) for part in text.split("/")) > _LONGEST_NAME:
+            raise ConfigError(
+                f"{_shown(name)} = {_shown(text)}: expected at most {_LONGEST_NAME} bytes per name."
+            )
+        _refuse_unknown_home(name, text)
+    elif isinstance(value, int) and abs(value) > _LARGEST_NUMBER:
+        raise ConfigError(f"{_shown(name)}: expected a number of at most {_LARGEST_NUMBER}.")
+
+
+def _refuse_unknown_home(name: str, text: str) -> None:
+    if text.startswith("~"):
+        try:
+            Path(text).expanduser()
+        except RuntimeError:
+            raise ConfigError(
+                f"{_shown(name)} = {_shown(text)}: no such user. Give the whole path."
+            ) from None
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 2]}.."
 
 
 def _assign(tree: dict[str, Any], assignment: str) -> None:
@@ -343,23 +547,24 @@ def _value(text: str) -> Any:
     if text.lower() == "none":
         return None
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        found = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text  # a bare word is a string
+    return found["value"] if len(found) == 1 else text
 
 
-def _explain(tree: dict[str, Any], item: dict[str, Any]) -> str:
-    path = ".".join(str(part) for part in item["loc"])
+def _explain(item: dict[str, Any]) -> str:
+    path = _shown(".".join(str(part) for part in item["loc"]))
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(item["loc"][:-1]), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        return f"Unknown option {path!r}.{hint}"
+        hint = f"Did you mean {near[0]!r}?" if near else "Remove it."
+        return f"Unknown option {path!r}. {hint}"
     if item["type"] == "missing":
         return f"{path} is missing: it has no default and must be set."
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if not path:
         return f"{message}."
-    return f"{path} = {item['input']!r}: {message}."
+    return f"{path} = {_shown(repr(item['input']))}: {message}."
 
 
 def _known_keys(loc: Sequence[Any]) -> list[str]:

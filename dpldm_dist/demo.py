@@ -21,9 +21,10 @@ from dpldm_dist.data.manifest import Manifest
 from dpldm_dist.errors import ConfigError
 from dpldm_dist.models.conditioning import private_rows
 from dpldm_dist.models.directory import load_model, save_model
-from dpldm_dist.runtime.jobs import stage_seconds
+from dpldm_dist.runtime.jobs import run_dirs, stage_seconds
 from dpldm_dist.runtime.launch import Job, launch
 from dpldm_dist.runtime.rundir import RunDir, dataset_dir
+from dpldm_dist.runtime.stopping import stop_on_signals
 from dpldm_dist.runtime.tracking import show_progress
 from dpldm_dist.runtime.worker import Worker
 from dpldm_dist.stages.encode import encode
@@ -60,10 +61,14 @@ def demo(config: Config, worker: Worker) -> None:
             )
     run, started = RunDir(config.run.dir), time.monotonic()
     jobs = _jobs(config)
-    progress = dict.fromkeys(RunDir(job.config.run.dir).progress for job in jobs)
-    with run.create().lock(), show_progress(*progress):
-        for job in jobs:
-            RunDir(job.config.run.dir).create()
+    runs = run_dirs(jobs)
+    with (
+        run.create().lock(),
+        stop_on_signals(runs, grace_s=config.run.stop_grace_s),
+        show_progress(*(directory.progress for directory in runs)),
+    ):
+        for directory in runs:
+            directory.create()
         launch(
             [Job(prepare, config, timed=True)],
             run=with_changes(config, run={"launcher": "local", "workers": 1}).run,

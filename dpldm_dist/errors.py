@@ -6,9 +6,17 @@ holds anything private: no count of private records, no loss, no content, no key
 
 
 class DpldmError(Exception):
-    """Anything this package can explain. ``exit_code`` is what the command line returns."""
+    """Anything this package can explain. ``exit_code`` is what the command line returns.
+
+    Formal guarantees: ``str`` gives one line of printable characters, whatever a file is called.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return "".join(
+            c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__()
+        )
 
 
 class ConfigError(DpldmError):
@@ -27,6 +35,10 @@ class PrivacyError(DpldmError):
     """Going on would break the privacy guarantee, or the budget cannot be met."""
 
     exit_code = 4
+
+
+class BudgetReached(PrivacyError):
+    """One more release would cost more than the budget; it was not made."""
 
 
 class WorkerError(DpldmError):

@@ -20,6 +20,8 @@ from typing import Any
 from dpldm_dist.config import Config, RunConfig, parse_config
 from dpldm_dist.errors import BringUpError
 from dpldm_dist.runtime.rundir import RunDir, private_files
+from dpldm_dist.runtime.starts import driver_facts, note_start
+from dpldm_dist.runtime.stopping import StopRequest
 from dpldm_dist.runtime.worker import Worker
 
 _SECONDS = "stage_seconds.json"
@@ -28,12 +30,16 @@ Stage = Callable[[Config, Worker], Any]
 
 @dataclass(frozen=True)
 class Job:
-    """One stage to run on all workers: a module-level function and its config. ``timed``: its
-    seconds are noted in the run, for ``stage_seconds``."""
+    """One stage to run on all workers: a module-level function and its config.
+
+    ``timed``: its seconds are noted in the run, for ``stage_seconds``. ``noted``: who runs it, and
+    where, is noted there too, for ``status``.
+    """
 
     stage: Stage
     config: Config
     timed: bool = False
+    noted: bool = False
 
 
 def job_order(jobs: Sequence[Job], *, run: RunConfig) -> dict[str, Any]:
@@ -42,11 +48,13 @@ def job_order(jobs: Sequence[Job], *, run: RunConfig) -> dict[str, Any]:
         "folder": os.getcwd(),
         "path": [entry for entry in sys.path if entry],
         "run": run.model_dump(mode="json"),
+        "driver": driver_facts(os.environ),
         "jobs": [
             {
                 "stage": stage_name(job.stage),
                 "config": job.config.model_dump(mode="json"),
                 "timed": job.timed,
+                "noted": job.noted,
             }
             for job in jobs
         ],
@@ -57,11 +65,18 @@ def do_jobs(order: dict[str, Any], worker: Worker) -> None:
     """In a worker: run the jobs of ``order`` one after another.
 
     A barrier ends each job, so the next one finds on every worker what the last one wrote.
+    Raises: SavedAndStopped if the run is asked to stop between two of them.
     """
     _stand_where_the_driver_stands(order)
     with private_files():
         for job in order["jobs"]:
             config, started = parse_config(job["config"]), time.monotonic()
+            stop = StopRequest(RunDir(config.run.dir), worker)
+            if stop.agreed():
+                raise stop.leave("all stages before")
+            if job["noted"]:
+                stage = job["stage"].rpartition(":")[2]
+                note_start(RunDir(config.run.dir), stage, order["driver"], worker)
             find_stage(job["stage"])(config, worker)
             worker.collective.barrier()
             if job["timed"] and worker.rank == 0:

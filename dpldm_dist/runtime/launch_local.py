@@ -30,6 +30,8 @@ from dpldm_dist.errors import DpldmError, SavedAndStopped
 from dpldm_dist.runtime.collective import GroupCollective
 from dpldm_dist.runtime.failures import explain, explain_death, root_cause
 from dpldm_dist.runtime.jobs import do_jobs
+from dpldm_dist.runtime.rundir import RunDir
+from dpldm_dist.runtime.stopping import ask_on_signals
 from dpldm_dist.runtime.worker import Worker, set_threads, worker_device
 
 _LOOPBACK = "127.0.0.1"
@@ -125,18 +127,16 @@ def _last_word(child: _Child) -> DpldmError | None:
 
 def _end(children: list[_Child]) -> None:
     for child in children:
-        child.process.terminate()
+        child.process.kill()  # SIGTERM asks to save; by now there is nobody to save with
     for child in children:
-        child.process.join(timeout=2)
-        if child.process.is_alive():
-            child.process.kill()
-            child.process.join()
+        child.process.join()
         child.pipe.close()
 
 
 def _work(rank: int, order: dict[str, Any], port: int, pipe: Connection) -> None:
     """The life of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, which ends us
+    ask_on_signals([RunDir(job["config"]["run"]["dir"]) for job in order["jobs"]])
     threading.Thread(target=_leave_with_driver, args=(pipe,), daemon=True).start()
     run = RunConfig.model_validate(order["run"])
     try:

@@ -22,6 +22,7 @@ from dpldm_dist.errors import ConfigError, RunError
 from dpldm_dist.models.ema import EMA
 from dpldm_dist.runtime.checkpoint import Checkpoints
 from dpldm_dist.runtime.rundir import RunDir
+from dpldm_dist.runtime.stopping import StopRequest
 from dpldm_dist.runtime.strategy import replicate
 from dpldm_dist.runtime.tracking import Progress, Tracker
 from dpldm_dist.runtime.worker import Worker
@@ -74,6 +75,7 @@ class PublicTraining:
         self._learning_rate = learning_rate
         self._ema = EMA(self._parameters, ema_decay)
         directory, folder = RunDir(run.dir), what.replace(" ", "-")
+        self._stop = StopRequest(directory, worker)
         self._checkpoints = Checkpoints(checkpoint_folder(directory, what), keep=1)
         self.step = self._restore(checkpoint_folder(directory, what))
         self._progress = Progress(directory.progress, worker=worker)
@@ -89,13 +91,14 @@ class PublicTraining:
     def legs(self) -> Iterator[tuple[int, int]]:
         """(number, steps) of the legs that are left; a checkpoint is written after each."""
         while self.step < self.steps:
-            yield self.step // LEG_STEPS, min(LEG_STEPS, self.steps - self.step)
+            left_of_leg = LEG_STEPS - self.step % LEG_STEPS
+            yield self.step // LEG_STEPS, min(left_of_leg, self.steps - self.step)
             self._save()
 
     def update(self, loss_B: Tensor, shown_B: Tensor) -> None:
         """One step from this worker's rows; the mean of ``shown_B`` is what is shown.
 
-        Raises: RunError if the training diverged.
+        Raises: RunError if the training diverged; SavedAndStopped if the run is asked to stop.
         """
         # Replicas average gradients over workers: this makes it the mean over the whole batch.
         (loss_B.sum() * (self._worker.world_size / self.batch)).backward()
@@ -108,6 +111,9 @@ class PublicTraining:
         self._ema.update()
         self.step += 1
         self._show(shown_B, rate)
+        if self.step < self.steps and self._stop.agreed():
+            self._save()
+            raise self._stop.leave(f"{self.step} steps of the {self.what}")
 
     def finish(self) -> None:
         """Put the averaged weights into the model and close the books."""
@@ -137,6 +143,7 @@ class PublicTraining:
                     tensors[f"optimizer/{name}/{slot}"] = torch.as_tensor(value)
             self._checkpoints.save(self.step, tensors, {"settings": self._settings})
         self._worker.collective.barrier()
+        self._worker.checkpointed(self.step)
 
     @torch.no_grad()
     def _restore(self, folder: Path) -> int:

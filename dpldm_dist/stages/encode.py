@@ -49,12 +49,13 @@ from dpldm_dist.runtime.public_training import (
     shuffled,
     step_generator,
 )
-from dpldm_dist.runtime.rundir import RunDir, dataset_dir
+from dpldm_dist.runtime.rundir import RunDir, closed_dataset_dir, dataset_dir
+from dpldm_dist.runtime.stopping import StopRequest
 from dpldm_dist.runtime.tracking import Progress
 from dpldm_dist.runtime.worker import Worker
 
 WHAT = "autoencoder"
-KEPT_FACTS = frozenset({"duplicates"})  # of the images, that private training must know
+KEPT_FACTS = frozenset({"duplicates", "unit"})  # of the images, that private training must know
 Which = Literal["public", "private", "heldout"]
 _ROWS = 256  # images and views in one forward pass
 _MEMORY_BYTES = 1 << 30  # public images up to this size are kept in memory by every worker
@@ -120,7 +121,7 @@ def describe(config: Config) -> list[str]:
             lines.append(f"reads   {folder} ({which} images)")
             lines.append(f"writes  {dataset_dir(config, which, 'latents')} ({which} latents)")
     views = "as it is and mirrored" if config.data.flips else "as it is"
-    return [*lines, f"encodes every image {views}, on {config.run.workers} worker(s)"]
+    return [*lines, f"encodes every image {views}, on {config.run.crew} worker(s)"]
 
 
 def _prepared(config: Config) -> list[Which]:
@@ -215,8 +216,8 @@ class _Encoder:
 def _encode_one(
     which: Which, config: Config, encoder: _Encoder, progress: Progress, worker: Worker
 ) -> Manifest:
-    images = ImageShards(dataset_dir(config, which, "images"))
-    folder = dataset_dir(config, which, "latents")
+    images = ImageShards(closed_dataset_dir(config, which, "images"))
+    folder = closed_dataset_dir(config, which, "latents")
     finished = _finished(folder, encoder, images)
     worker.collective.barrier()  # all have looked before anybody writes
     if finished is not None:
@@ -225,7 +226,10 @@ def _encode_one(
     private, source = which != "public", encoder.source(images.manifest)
     names = [f"latents-{number:05d}.tar" for number in range(len(images.files))]
     progress.start(f"encoding {which} images", 100)  # per cent: the count of shards may be private
+    stop = StopRequest(RunDir(config.run.dir), worker)
     for number in range(worker.rank, len(names), worker.world_size):
+        if stop.asked():
+            break
         if finished_latent_shard(folder, names[number], source=source) is None:
             write_latent_shard(
                 folder,
@@ -236,7 +240,8 @@ def _encode_one(
                 private=private,
             )
         progress.advance(100 * (number + 1) // len(names))
-    worker.collective.barrier()
+    if stop.agreed():  # a barrier too
+        raise stop.leave("finished shards")
     if worker.rank == 0:
         _write_manifest(folder, names, encoder, images, private=private)
     worker.collective.barrier()
