@@ -1,12 +1,21 @@
 """From a finished integer sum to an update: sum over workers, noise once, divide by a constant.
 
+The noise is bound to what it hides: its key is derived from the attempt's key, the numbers of the
+mechanism, the step *and a keyed digest of the finished sum*. So a step that is repeated with the
+same sum is the same release, bit for bit, and tells nothing new; on any other sum the noise is
+independent, whatever was restored, copied or rolled back. (The manner of AES-GCM-SIV, RFC 8452, and
+of deterministic signatures, RFC 6979.)
+
 Shapes: P trainable parameters, flattened in a fixed order.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,19 +26,25 @@ from dpldm_dist.privacy.randomness import derive_key, integer_noise
 
 _LEAST_STD = 2.0**20  # in grid units: below it, rounding the noise would no longer be negligible
 
+Bind = Callable[[str, int, str], object]
+"""Given purpose, step and digest: makes them durable, or raises, before the noise is drawn."""
+
 
 class NoisySum:
     """The Gaussian mechanism on integer vectors, over all workers.
 
-    ``std`` is the standard deviation of the noise in units of the integer grid; with
-    ``unsafe_no_noise`` it counts as 0, for comparisons that have no privacy claim.
+    ``key`` is the attempt's. ``std`` is the standard deviation of the noise in units of the integer
+    grid; with ``unsafe_no_noise`` it counts as 0, for comparisons that have no privacy claim.
+    ``mechanism`` names all public numbers of the mechanism (clip norm, grid, noise). ``bind`` gets
+    the digest of a finished sum before its noise is drawn.
 
     Formal guarantees: the result is S + round(Z) on every worker, with S the exact sum of the
     workers' vectors and Z one draw of N(0, std^2) per coordinate, whatever the number of workers:
-    every coordinate has exactly one owner, or the run stops. Noise of another purpose, attempt or
-    step is independent. Since S is an integer vector, S + round(Z) = round(S + Z) is
-    post-processing of the Gaussian mechanism on S, so the rounding tells nothing about S
-    (Mironov 2012). The noise is drawn only after S is complete.
+    every coordinate has exactly one owner, or the run stops. Z is a function of key, mechanism,
+    purpose, step and S: equal in all of them, it is equal in every bit; otherwise it is independent
+    (HMAC is assumed to be a pseudo-random function). Since S is an integer vector, S + round(Z) =
+    round(S + Z) is post-processing of the Gaussian mechanism on S, so the rounding tells nothing
+    about S (Mironov 2012). The noise is drawn only after S is complete and its digest bound.
     Source: Abadi et al. (2016), arXiv 1607.00133, Algorithm 1.
     """
 
@@ -37,9 +52,10 @@ class NoisySum:
         self,
         key: bytes,
         *,
-        attempt: int,
         std: float,
+        mechanism: str,
         collective: Collective,
+        bind: Bind,
         unsafe_no_noise: bool = False,
     ):
         if not unsafe_no_noise and not (math.isfinite(std) and std >= _LEAST_STD):
@@ -47,28 +63,38 @@ class NoisySum:
                 f"Noise of {std} grid units: expected a finite number of at least 2^20."
             )
         self._key = key
-        self._attempt = attempt
+        self._mechanism = mechanism
+        self._bind = bind
         self._std = 0.0 if unsafe_no_noise else std
         self._collective = collective
 
     def release(self, sum_P: Tensor, *, purpose: str, step: int) -> Tensor:
-        """Noisy sum over all workers. int64 (P,); ``sum_P`` is this worker's part, int64 (P,)."""
+        """Noisy sum over all workers. int64 (P,); ``sum_P`` is this worker's part, int64 (P,).
+
+        Raises: PrivacyError, and whatever ``bind`` raises; then nothing was released.
+        """
         if sum_P.dtype != torch.int64:
             raise PrivacyError(f"A sum of {sum_P.dtype}: expected exact integers (int64).")
         total_P = sum_P.clone()
         self._collective.sum_(total_P)
+        digest = self._digest(total_P, purpose=purpose, step=step)
+        self._bind(purpose, step, digest.hex())
         bounds = even_slices(len(total_P), self._collective.world_size)
-        filled = self._add_noise(total_P, bounds, purpose=purpose, step=step)
+        filled = self._add_noise(total_P, bounds, derive_key(self._key, "noise " + digest.hex()))
         self._require_one_owner(filled, total_P)
         self._collective.gather_slices_(total_P, bounds)
         return total_P
 
-    def _add_noise(
-        self, total_P: Tensor, bounds: Sequence[int], *, purpose: str, step: int
-    ) -> tuple[int, int]:
+    def _digest(self, total_P: Tensor, *, purpose: str, step: int) -> bytes:
+        """Keyed digest of everything that the noise depends on. Tells nothing without the key."""
+        what = f"{purpose} {step} {len(total_P)} {self._std!r} {self._mechanism}"
+        code = hmac.new(derive_key(self._key, "digest"), what.encode() + b"\0", hashlib.sha256)
+        code.update(total_P.cpu().numpy().astype("<i8", copy=False).data)
+        return code.digest()
+
+    def _add_noise(self, total_P: Tensor, bounds: Sequence[int], key: bytes) -> tuple[int, int]:
         """Add this worker's noise in place; the slice that was filled."""
         start, stop = bounds[self._collective.rank], bounds[self._collective.rank + 1]
-        key = derive_key(self._key, purpose, self._attempt, step)
         total_P[start:stop] += integer_noise(key, start, stop, std=self._std).to(total_P.device)
         return start, stop
 
@@ -93,12 +119,29 @@ class NoisySum:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class NoisyStep:
+    """What a step released, the same on all workers.
+
+    ``mean_P`` is the noisy mean gradient in units of clip_norm, float64; ``extra`` the noisy sums
+    of the coordinates behind the gradient in units of the grid, int64.
+    """
+
+    mean_P: Tensor
+    extra: Tensor
+
+    @property
+    def norm(self) -> float:
+        return float(self.mean_P.norm())
+
+
 class DistributedDPOptimizer:
     """Steps an inner optimizer with the private mean of clipped per-record gradients.
 
     The update's gradient is noisy_sum * grid / clip_norm / divisor: divided by the clip norm, so
     that learning rates do not depend on it, and by a public constant, never by the number of
-    records drawn. One worker is the same code.
+    records drawn. One worker is the same code. A sum may have ``extra`` coordinates behind the
+    gradient, which are released with it and move no parameter.
 
     Formal guarantees: parameters change only through released noisy sums, so they are
     post-processing of them; a step always happens, also when no worker drew a record; all workers
@@ -115,30 +158,38 @@ class DistributedDPOptimizer:
         grid: float,
         clip_norm: float,
         divisor: float,
+        extra: int = 0,
         schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     ):
         self._inner = inner
         self._schedule = schedule
         self._parameters = list(parameters)
         self._noisy_sum = noisy_sum
+        self._extra = extra
         self._scale = grid / clip_norm / divisor
 
-    def step(self, sum_P: Tensor, step: int) -> float:
-        """Release the sum of ``step`` and update. Returns the norm of the noisy mean, a released
-        number in units of clip_norm."""
-        noisy_P = self._noisy_sum.release(sum_P, purpose="noise", step=step)
-        mean_P = noisy_P.double() * self._scale
+    def step(self, sum_P: Tensor, step: int) -> NoisyStep:
+        """Release the sum of ``step``, int64 (P + extra,), and update."""
+        self._require_length(len(sum_P))
+        noisy_P = self._noisy_sum.release(sum_P, purpose="step", step=step)
+        gradient_P, extra = noisy_P.tensor_split([len(noisy_P) - self._extra])
+        mean_P = gradient_P.double() * self._scale
         start = 0
         for parameter in self._parameters:
             stop = start + parameter.numel()
             parameter.grad = mean_P[start:stop].view_as(parameter).to(parameter.dtype)
             start = stop
-        if start != len(mean_P):
-            raise PrivacyError(
-                f"A sum of {len(mean_P)} coordinates for {start} parameters: expected as many."
-            )
         self._inner.step()
         self._inner.zero_grad(set_to_none=True)
         if self._schedule is not None:
             self._schedule.step()
-        return float(mean_P.norm())
+        return NoisyStep(mean_P, extra)
+
+    def _require_length(self, found: int) -> None:
+        """Refuse a sum of another model before anything is released. Raises: PrivacyError."""
+        expected = sum(parameter.numel() for parameter in self._parameters) + self._extra
+        if found != expected:
+            raise PrivacyError(
+                f"A sum of {found} coordinates: expected {expected}, one per parameter and "
+                f"{self._extra} more."
+            )

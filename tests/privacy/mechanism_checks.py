@@ -5,6 +5,8 @@ A check raises AssertionError when the promise is broken; ``PLANTED_BUGS`` break
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +16,10 @@ from unittest import mock
 import numpy as np
 import torch
 
+from dpldm_dist.errors import BudgetReached
 from dpldm_dist.privacy import optimizer as optimizer_module
 from dpldm_dist.privacy.collective import Collective
-from dpldm_dist.privacy.optimizer import DistributedDPOptimizer, NoisySum
+from dpldm_dist.privacy.optimizer import Bind, DistributedDPOptimizer, NoisySum
 from dpldm_dist.privacy.randomness import derive_key, integer_noise
 from dpldm_dist.privacy.sampling import Lanes, PoissonSampling, dyadic_rate
 from dpldm_dist.runtime.collective import GroupCollective
@@ -27,11 +30,30 @@ STD = SIGMA * CLIP_NORM / GRID
 P = 60_000
 
 
+def mechanism(
+    collective: Collective,
+    *,
+    key: bytes = KEY,
+    std: float = STD,
+    name: str = "numbers of the plan",
+    bind: Bind = lambda purpose, step, digest: None,
+    unsafe_no_noise: bool = False,
+) -> NoisySum:
+    return NoisySum(
+        key,
+        std=std,
+        mechanism=name,
+        collective=collective,
+        bind=bind,
+        unsafe_no_noise=unsafe_no_noise,
+    )
+
+
 def noisy_zero(
-    collective: Collective, *, step: int = 0, attempt: int = 0, length: int = P
+    collective: Collective, *, step: int = 0, length: int = P, **changes: Any
 ) -> torch.Tensor:
-    mechanism = NoisySum(KEY, attempt=attempt, std=STD, collective=collective)
-    return mechanism.release(torch.zeros(length, dtype=torch.int64), purpose="noise", step=step)
+    nothing = torch.zeros(length, dtype=torch.int64)
+    return mechanism(collective, **changes).release(nothing, purpose="step", step=step)
 
 
 def same_on_all_workers(collective: Collective, value: torch.Tensor) -> bool:
@@ -49,38 +71,86 @@ def noise_has_the_stated_std_whatever_the_number_of_workers(collective: Collecti
 
 def the_sum_is_exact_and_the_same_on_all_workers(collective: Collective) -> None:
     mine = torch.arange(1000, dtype=torch.int64) * (collective.rank + 1) - 10**12
-    released = NoisySum(KEY, attempt=0, std=STD, collective=collective).release(
-        mine, purpose="noise", step=3
-    )
     total = torch.arange(1000, dtype=torch.int64) * sum(range(1, collective.world_size + 1))
     total -= collective.world_size * 10**12
-    noise = integer_noise(derive_key(KEY, "noise", 0, 3), 0, 1000, std=STD)
-    assert torch.equal(released, total + noise)
+    exact = mechanism(collective, unsafe_no_noise=True).release(mine, purpose="step", step=3)
+    assert torch.equal(exact, total)
+    released = mechanism(collective).release(mine, purpose="step", step=3)
+    spread = float((released - total).double().std()) / STD
+    assert abs(spread - 1) < 6 / math.sqrt(2 * 1000)
     assert same_on_all_workers(collective, released)
 
 
 def no_noise_is_used_twice(collective: Collective) -> None:
-    drawn = [
-        noisy_zero(collective, step=s, attempt=a, length=5000) for s in range(3) for a in range(2)
-    ]
-    assert len(torch.unique(torch.cat(drawn))) == 6 * 5000  # a chance repeat: below 1e-6
+    """Other step, purpose, key, noise multiplier or mechanism: other noise, on the same sum."""
+    drawn = [noisy_zero(collective, step=step, length=5000) for step in range(3)]
+    drawn.append(noisy_zero(collective, key=bytes(32), length=5000))
+    drawn.append(noisy_zero(collective, name="another clip norm", length=5000))
+    drawn.append(noisy_zero(collective, std=2 * STD, length=5000) // 2)
+    nothing = torch.zeros(5000, dtype=torch.int64)
+    drawn.append(mechanism(collective).release(nothing, purpose="statistics", step=0))
     for index, one in enumerate(drawn):
         for other in drawn[:index]:
             both = (one.double() * other.double()).mean() / STD**2
             assert abs(float(both)) < 6 / math.sqrt(5000)
+    values = torch.cat([one for index, one in enumerate(drawn) if index != 5])
+    assert len(torch.unique(values)) == len(values)  # a chance repeat: below 1e-5
 
 
-def noise_differs_when_the_sum_differs_after_a_restart(collective: Collective) -> None:
-    """The same step on other data (after a crash) belongs to a new attempt: its noise is fresh."""
+def the_same_sum_is_the_same_release_and_another_sum_has_other_noise(
+    collective: Collective,
+) -> None:
+    """A step that is repeated after a restart, on the same data and on other data."""
     one = torch.zeros(5000, dtype=torch.int64)
-    other = one + (1 if collective.rank == 0 else 0)
-    first = NoisySum(KEY, attempt=0, std=STD, collective=collective)
-    second = NoisySum(KEY, attempt=1, std=STD, collective=collective)
-    difference = second.release(other, purpose="noise", step=0) - first.release(
-        one, purpose="noise", step=0
-    )
-    spread = float(difference.double().std()) / STD
+    other = one.clone()
+    other[17] += 1 if collective.rank == 0 else 0  # the least that a sum can differ by
+    first = mechanism(collective).release(one, purpose="step", step=0)
+    again = mechanism(collective).release(one, purpose="step", step=0)
+    assert torch.equal(first, again)
+    changed = mechanism(collective).release(other, purpose="step", step=0)
+    spread = float((changed - first).double().std()) / STD
     assert abs(spread / math.sqrt(2) - 1) < 6 / math.sqrt(2 * 5000)
+
+
+def the_digest_is_bound_before_any_noise_is_drawn(collective: Collective) -> None:
+    seen: list[str] = []
+
+    def refuse(purpose: str, step: int, digest: str) -> None:
+        seen.append(digest)
+        raise BudgetReached("no more")
+
+    drawn: list[int] = []
+    noise = optimizer_module.integer_noise
+
+    def watched(key: bytes, start: int, stop: int, *, std: float) -> torch.Tensor:
+        drawn.append(start)
+        return noise(key, start, stop, std=std)
+
+    with mock.patch.object(optimizer_module, "integer_noise", watched):
+        try:
+            noisy_zero(collective, length=100, bind=refuse)
+        except BudgetReached:
+            pass
+        else:
+            raise AssertionError("released although it could not be bound")
+    assert not drawn and len(seen) == 1 and len(bytes.fromhex(seen[0])) == 32
+
+
+def the_digest_names_the_sum_and_needs_the_key(collective: Collective) -> None:
+    def digest_of(total: torch.Tensor, **changes: Any) -> str:
+        seen: list[str] = []
+        mechanism(
+            collective, bind=lambda purpose, step, digest: seen.append(digest), **changes
+        ).release(total, purpose="step", step=0)
+        return seen[0]
+
+    one = torch.zeros(100, dtype=torch.int64)
+    other = one.clone()
+    other[3] += 1 if collective.rank == 0 else 0
+    found = [digest_of(one), digest_of(other), digest_of(one, key=bytes(32))]
+    assert digest_of(one) == found[0] and len(set(found)) == 3
+    plain = hashlib.sha256(one.numpy().tobytes()).hexdigest()
+    assert plain not in found
 
 
 def an_update_is_the_noisy_sum_over_clip_norm_and_the_public_divisor(
@@ -91,14 +161,15 @@ def an_update_is_the_noisy_sum_over_clip_norm_and_the_public_divisor(
     optimizer = DistributedDPOptimizer(
         torch.optim.SGD([parameter], lr=1.0),
         [parameter],
-        NoisySum(KEY, attempt=0, std=STD, collective=collective),
+        mechanism(collective),
         grid=GRID,
         clip_norm=CLIP_NORM,
         divisor=divisor,
     )
     mine = torch.full((1000,), int(3 * CLIP_NORM / GRID), dtype=torch.int64)
+    released = mechanism(collective).release(mine, purpose="step", step=0)
+    noise = (released - mine * collective.world_size).double() * GRID
     optimizer.step(mine, step=0)
-    noise = integer_noise(derive_key(KEY, "noise", 0, 0), 0, 1000, std=STD).double() * GRID
     wanted = -(3 * CLIP_NORM * collective.world_size + noise) / CLIP_NORM / divisor
     assert torch.allclose(parameter.detach().double(), wanted, rtol=1e-6, atol=1e-9)
 
@@ -108,7 +179,7 @@ def a_worker_without_records_still_takes_the_step(collective: Collective) -> Non
     optimizer = DistributedDPOptimizer(
         torch.optim.SGD([parameter], lr=1.0),
         [parameter],
-        NoisySum(KEY, attempt=0, std=STD, collective=collective),
+        mechanism(collective),
         grid=GRID,
         clip_norm=CLIP_NORM,
         divisor=1.0,
@@ -146,7 +217,9 @@ CHECKS: dict[str, Callable[[Collective], None]] = {
         noise_has_the_stated_std_whatever_the_number_of_workers,
         the_sum_is_exact_and_the_same_on_all_workers,
         no_noise_is_used_twice,
-        noise_differs_when_the_sum_differs_after_a_restart,
+        the_same_sum_is_the_same_release_and_another_sum_has_other_noise,
+        the_digest_is_bound_before_any_noise_is_drawn,
+        the_digest_names_the_sum_and_needs_the_key,
         an_update_is_the_noisy_sum_over_clip_norm_and_the_public_divisor,
         a_worker_without_records_still_takes_the_step,
         every_record_is_owned_once_and_drawn_alike_for_every_number_of_workers,
@@ -160,9 +233,8 @@ CHECKS: dict[str, Callable[[Collective], None]] = {
 def _every_worker_adds_noise() -> Any:
     def release(self: NoisySum, sum_P: torch.Tensor, *, purpose: str, step: int) -> torch.Tensor:
         total = sum_P.clone()
-        self._add_noise(
-            total, [0] * (self._collective.rank + 1) + [len(total)] * 9, purpose=purpose, step=step
-        )
+        key = derive_key(KEY, f"of worker {self._collective.rank}", step)
+        self._add_noise(total, [0] * (self._collective.rank + 1) + [len(total)] * 9, key)
         self._collective.sum_(total)
         return total
 
@@ -172,8 +244,8 @@ def _every_worker_adds_noise() -> Any:
 def _every_worker_claims_the_whole_vector() -> Any:
     original = NoisySum._add_noise
 
-    def claim(self: NoisySum, total: torch.Tensor, bounds: Any, **rest: Any) -> tuple[int, int]:
-        original(self, total, bounds, **rest)
+    def claim(self: NoisySum, total: torch.Tensor, bounds: Any, key: bytes) -> tuple[int, int]:
+        original(self, total, bounds, key)
         return 0, len(total)
 
     return mock.patch.object(NoisySum, "_add_noise", claim)
@@ -218,19 +290,71 @@ def _mean_for_sum() -> Any:
     return mock.patch.object(GroupCollective, "sum_", mean)
 
 
-def _key_without(position: int) -> Any:
-    def forgetful(key: bytes, purpose: str, *numbers: int) -> bytes:
-        return derive_key(key, purpose, *(0 if i == position else n for i, n in enumerate(numbers)))
+def _digest_of(change: Callable[..., tuple[Any, str, int]]) -> Any:
+    """The noise is bound to less than it should be."""
+    original = NoisySum._digest
 
-    return mock.patch.object(optimizer_module, "derive_key", forgetful)
+    def digest(self: NoisySum, total: torch.Tensor, *, purpose: str, step: int) -> bytes:
+        total, purpose, step = change(total, purpose, step)
+        return original(self, total, purpose=purpose, step=step)
+
+    return mock.patch.object(NoisySum, "_digest", digest)
 
 
 def _same_noise_each_step() -> Any:
-    return _key_without(1)
+    return _digest_of(lambda total, purpose, step: (total, purpose, 0))
+
+
+def _same_noise_for_each_purpose() -> Any:
+    return _digest_of(lambda total, purpose, step: (total, "step", step))
 
 
 def _noise_replayed_on_a_different_sum() -> Any:
-    return _key_without(0)
+    return _digest_of(lambda total, purpose, step: (torch.zeros_like(total), purpose, step))
+
+
+def _fresh_noise_on_the_same_sum() -> Any:
+    counter = itertools.count()
+    return mock.patch.object(
+        optimizer_module,
+        "integer_noise",
+        lambda key, a, b, std: integer_noise(
+            derive_key(key, "fresh", next(counter)), a, b, std=std
+        ),
+    )
+
+
+def _noise_without_the_mechanism() -> Any:
+    original = NoisySum.__init__
+
+    def forgetful(self: NoisySum, key: bytes, **rest: Any) -> None:
+        original(self, key, **(rest | {"mechanism": ""}))
+
+    return mock.patch.object(NoisySum, "__init__", forgetful)
+
+
+def _digest_without_the_key() -> Any:
+    original = NoisySum._digest
+
+    def digest(self: NoisySum, total: torch.Tensor, **rest: Any) -> bytes:
+        with mock.patch.object(self, "_key", bytes(32)):
+            return original(self, total, **rest)
+
+    return mock.patch.object(NoisySum, "_digest", digest)
+
+
+def _bound_after_the_noise() -> Any:
+    release = NoisySum.release
+
+    def late(self: NoisySum, sum_P: torch.Tensor, *, purpose: str, step: int) -> torch.Tensor:
+        bind, bound = self._bind, []
+        self._bind = lambda *what: bound.append(what)
+        noisy = release(self, sum_P, purpose=purpose, step=step)
+        self._bind = bind
+        bind(*bound[0])
+        return noisy
+
+    return mock.patch.object(NoisySum, "release", late)
 
 
 def _divided_by_the_number_of_workers() -> Any:
@@ -246,8 +370,8 @@ def _divided_by_the_number_of_workers() -> Any:
 def _empty_workers_skip_the_step() -> Any:
     original = DistributedDPOptimizer.step
 
-    def skipping(self: Any, sum_P: torch.Tensor, step: int) -> float:
-        return original(self, sum_P, step) if bool(sum_P.any()) else 0.0
+    def skipping(self: Any, sum_P: torch.Tensor, step: int) -> Any:
+        return original(self, sum_P, step) if bool(sum_P.any()) else None
 
     return mock.patch.object(DistributedDPOptimizer, "step", skipping)
 
@@ -289,9 +413,26 @@ PLANTED_BUGS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "mean for sum": (_mean_for_sum, "the_sum_is_exact_and_the_same_on_all_workers"),
     "same noise each step": (_same_noise_each_step, "no_noise_is_used_twice"),
+    "same noise for each purpose": (_same_noise_for_each_purpose, "no_noise_is_used_twice"),
+    "noise does not hang on the mechanism": (
+        _noise_without_the_mechanism,
+        "no_noise_is_used_twice",
+    ),
     "noise replayed on a different sum": (
         _noise_replayed_on_a_different_sum,
-        "noise_differs_when_the_sum_differs_after_a_restart",
+        "the_same_sum_is_the_same_release_and_another_sum_has_other_noise",
+    ),
+    "fresh noise on the same sum": (
+        _fresh_noise_on_the_same_sum,
+        "the_same_sum_is_the_same_release_and_another_sum_has_other_noise",
+    ),
+    "bound after the noise": (
+        _bound_after_the_noise,
+        "the_digest_is_bound_before_any_noise_is_drawn",
+    ),
+    "digest without the key": (
+        _digest_without_the_key,
+        "the_digest_names_the_sum_and_needs_the_key",
     ),
     "divided by the number of workers": (
         _divided_by_the_number_of_workers,

@@ -7,9 +7,8 @@ import torch
 
 from dpldm_dist.errors import PrivacyError
 from dpldm_dist.privacy.collective import even_slices
-from dpldm_dist.privacy.optimizer import NoisySum
 from dpldm_dist.runtime.collective import SoloCollective
-from tests.privacy.mechanism_checks import CHECKS, PLANTED_BUGS, outcomes
+from tests.privacy.mechanism_checks import CHECKS, PLANTED_BUGS, mechanism, outcomes
 from tests.processes import on_workers
 
 
@@ -37,20 +36,18 @@ def test_the_release_is_bit_identical_for_1_2_and_3_workers():
 def released_total(collective):
     parts = torch.arange(6)[:, None] * torch.ones(70_000, dtype=torch.int64)
     mine = parts[collective.rank :: collective.world_size].sum(0)
-    mechanism = NoisySum(bytes(32), attempt=0, std=2.0**30, collective=collective)
-    return mechanism.release(mine, purpose="noise", step=0)
+    return mechanism(collective).release(mine, purpose="step", step=0)
 
 
 @pytest.mark.parametrize("std", [0.0, 1.0, -5.0, float("nan"), float("inf")])
 def test_noise_too_small_for_the_grid_is_refused(std):
     with pytest.raises(PrivacyError, match="grid units"):
-        NoisySum(bytes(32), attempt=0, std=std, collective=SoloCollective())
+        mechanism(SoloCollective(), std=std)
 
 
 def test_a_sum_that_is_not_integer_is_refused():
-    mechanism = NoisySum(bytes(32), attempt=0, std=2.0**30, collective=SoloCollective())
     with pytest.raises(PrivacyError, match="int64"):
-        mechanism.release(torch.zeros(3), purpose="noise", step=0)
+        mechanism(SoloCollective()).release(torch.zeros(3), purpose="step", step=0)
 
 
 def test_slices_tile_every_length():
