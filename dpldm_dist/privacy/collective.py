@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # so that a ledger is read without torch
+    from torch import Tensor
 
 
 class Collective(Protocol):
@@ -28,6 +29,9 @@ class Collective(Protocol):
 
     def broadcast_bytes(self, payload: bytes | None) -> bytes:
         """Worker 0's bytes, on every worker; never through a task argument or a store on disk."""
+
+    def all_equal(self, payload: bytes) -> bool:
+        """Whether every worker gave the same bytes; all learn the same answer."""
 
     def barrier(self) -> None:
         """Wait until every worker has come here."""

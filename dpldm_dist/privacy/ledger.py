@@ -1,68 +1,75 @@
 """The durable record of everything a run may have released, and so of its epsilon.
 
-One line of canonical JSON per entry, ``{"body": {...}, "hash": sha256(previous hash + body)}``.
-The body has ``seq`` (the number of the line from 0) and ``kind``:
+One line per entry (the file is a chain, see ``chain.py``), of these kinds:
 
     genesis     format, run_id, plan (public numbers fixed for the run), digest of the plan
-    attempt     attempt (from 1): a lineage of random keys
+    attempt     attempt (from 1), nonce: a lineage of coins and noise; lineage: what it hangs on
+    start       attempt, workers, token: a process began to work on the attempt
     charge      noise_multiplier, sample_rate, count, what ("step" or "statistics"), step, attempt
+    bind        what, step, attempt, digest: the keyed digest of a finished sum, before its noise
     checkpoint  step: weights after this many steps are about to be saved
     repair      cut_bytes, completed: what a crash in the middle of a write had left behind
     seal        nothing is ever charged again
 
-A line is durable (write, fsync) before the release that it pays for is made. One process writes: it
-holds a lock, and appends only if the file is as it left it. The chain shows every edit; that whole
-lines are missing at the end only a head noted elsewhere can show, so checkpoints and reports carry
-one. Whoever may write the file can forge a consistent chain: the ledger guards against
-accidents, not against its owner.
+A charge is durable before any gradient of its step, a bind before the noise that it pays for. The
+noise is a function of the attempt, the step and the digest. So a step that is run again and ends in
+the same sum is the same release: it costs nothing. Its k different sums are k releases under *one*
+set of coins: together they cost what one release with the noise multiplier divided by sqrt(k)
+costs, which is more than k charges. The chain cannot show that lines are missing at its end: so
+checkpoints and reports carry a head, and the data-set ledger notes one at every start.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import math
-import os
 import secrets
-import stat
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dpldm_dist import errors
-from dpldm_dist.errors import DpldmError, PrivacyError, RunError
-from dpldm_dist.privacy.accounting import GaussianEvent, affordable_steps, epsilon
+from dpldm_dist.errors import BudgetReached, DpldmError, PrivacyError, RunError
+from dpldm_dist.privacy.accounting import (
+    LARGEST_COUNT,
+    GaussianEvent,
+    affordable_steps,
+    epsilon,
+)
+from dpldm_dist.privacy.chain import (
+    REPAIR_FIELDS,
+    ChainFile,
+    Head,
+    as_json,
+    canonical,
+    contains,
+    is_a,
+    is_hex,
+    read_chain,
+)
 from dpldm_dist.privacy.collective import Collective
 
-FORMAT = 1
+FORMAT = 2
 PURPOSES = ("step", "statistics")
-Head = tuple[int, str]  # number of an entry, and its hash: names the chain up to it
+NONCE_BYTES = 32
+_DIGEST_DIGITS = 64
+_TOKEN_DIGITS = 16
 
-_MOST_BYTES = 1 << 30
-_START = b'{"body":{'
-_LONGEST_ENTRY, _LONGEST_GENESIS = (
-    1 << 10,
-    1 << 16,
-)  # bytes; a longer torn end is more than one entry
-_FIELDS = {  # kind -> field -> type; bool is no int here
-    "genesis": {"format": int, "run_id": str, "plan": dict, "digest": str},
-    "attempt": {"attempt": int},
-    "charge": {
-        "noise_multiplier": float,
-        "sample_rate": float,
-        "count": int,
-        "what": str,
-        "step": (int, type(None)),
-        "attempt": int,
-    },
-    "checkpoint": {"step": int},
-    "repair": {"cut_bytes": int, "completed": bool},
-    "seal": {},
-}
+Kind = tuple[float, float]  # noise multiplier and sample rate
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A lineage of coins and noise. ``nonce``: what its keys are made from, never shown.
+
+    ``replays``: an earlier start worked on it, so repeated steps may be the same releases again.
+    """
+
+    number: int
+    nonce: bytes = field(repr=False)
+    replays: bool
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,8 @@ class LedgerSummary:
     ``epsilon``: spent so far at ``delta``, infinity for a run without a privacy claim. ``delta``:
     of the whole claim; ``overflow_delta`` of it is not available to the composition. ``budget``:
     the epsilon that is never passed. ``steps``, ``statistics``: releases charged, of all attempts.
-    ``torn_bytes``: left by a crash in the middle of a write, never acknowledged.
+    ``binds``: finished sums; ``rebound``: charges with more than one of them. ``starts``: how often
+    a process began. ``torn_bytes``: left by a crash in the middle of a write, never acknowledged.
     """
 
     run_id: str
@@ -86,98 +94,190 @@ class LedgerSummary:
     steps: int
     statistics: int
     attempts: int
+    starts: int
+    binds: int
+    rebound: int
     checkpoints: int
     repairs: int
     sealed: bool
     head: Head
     torn_bytes: int
+    hashes: tuple[str, ...] = field(repr=False)
+
+    def contains(self, head: Sequence[Any]) -> bool:
+        """Whether the chain goes through ``head``: False for another ledger, or one cut before."""
+        return contains(self.hashes, head)
+
+
+class Reserve(Protocol):
+    """Who must agree before a run spends: the budget that it shares with other runs."""
+
+    def prepare(self) -> str:
+        """A name for that budget, which the genesis of the run then carries."""
+
+    def admit(self, run: PrivacyLedger) -> None:
+        """Set aside what the run may spend. Raises: PrivacyError if it may not, or was rolled back
+        or copied."""
+
+    def note_start(self, run: PrivacyLedger) -> None:
+        """Note the head of a run that starts. Raises: PrivacyError as ``admit``."""
+
+    def cover(self, run: PrivacyLedger, events: Sequence[GaussianEvent]) -> None:
+        """Make sure that ``events``, all that the run will then have spent, are set aside.
+
+        Raises: PrivacyError, and the run must not spend them.
+        """
+
+    def check(self, run: PrivacyLedger) -> None:
+        """Raises: PrivacyError if another copy of the run went on since it started."""
+
+    def settle(self, run: PrivacyLedger) -> None:
+        """Give back what the finished run did not spend."""
 
 
 class PrivacyLedger:
     """The one writer of a ledger file. Make it with :meth:`open`; it holds a lock until closed.
 
-    Formal guarantees: when :meth:`charge` returns, the charge survives a crash of the process or
-    the machine (as far as the disk honours fsync). The charges of the file never cost more than the
-    budget of its genesis. When a write fails, nothing of it counts and nothing is acknowledged.
+    Formal guarantees: when :meth:`charge` or :meth:`bind` returns, its entry survives a crash of
+    the process or the machine (as far as the disk honours fsync). The charges of the file, each
+    priced by the number of its digests, never cost more than the budget of its genesis. When a
+    write fails, nothing of it counts and nothing is acknowledged.
     """
 
-    def __init__(self, path: Path, descriptor: int, chain: _Chain):
-        self._path = path
-        self._descriptor = descriptor
-        self._chain = chain
+    def __init__(self, file: ChainFile, book: _Charges, reserve: Reserve | None):
+        self._file = file
+        self._book = book
+        self._reserve = reserve
         self._attempt: int | None = None
-        self._broken = False
-        self._affordable: dict[tuple[float, float], int] = {}
+        self._affordable: dict[Kind, int] = {}
         self._spent: float | None = None
 
     @classmethod
-    def open(cls, path: Path | str, genesis: dict[str, Any]) -> PrivacyLedger:
+    def open(
+        cls, path: Path | str, genesis: dict[str, Any], *, reserve: Reserve | None = None
+    ) -> PrivacyLedger:
         """Create the ledger for ``genesis``, or open the one that was created for the same.
 
         genesis: plain JSON values, among them ``epsilon`` and ``delta``, the budget;
         ``overflow_delta``, if there, is the part of delta that pays for something else; ``claim``
         False marks a run without a privacy claim, whose ``spent()`` is infinite.
+        reserve: asked before anything is spent, if the run shares a budget with others; the genesis
+        then names it as ``dataset_ledger``.
         A line torn by a crash, never acknowledged, is cut off, and the repair recorded.
         Raises: RunError if another process holds it, it was opened for another genesis, or it
         cannot be written; PrivacyError if it is damaged or readable by others.
         """
-        path = Path(path)
-        plan = _checked_plan(genesis)
-        descriptor = _open_locked(path)
+        if reserve is not None:
+            genesis = {**genesis, "dataset_ledger": reserve.prepare()}
+        path, plan, book = Path(path), _checked_plan(genesis), _Charges()
+        file = ChainFile.open(path, book)
         try:
-            content = _read_all(descriptor, path)
-            chain = _Chain.read(content, path) if content else _Chain(path)
-            ledger = cls(path, descriptor, chain)
-            if not chain.hashes:
-                ledger._begin(plan, torn_bytes=chain.torn_bytes)
-                _sync_folder(path)
-            else:
-                _refuse_other_plan(path, chain.plan, plan)
-                ledger._repair(content)
+            if file.chain.hashes:
+                _refuse_other_plan(path, book.plan, plan)
+            digest = hashlib.sha256(canonical(plan)).hexdigest()
+            run_id = secrets.token_hex(16)
+            file.mend({"format": FORMAT, "run_id": run_id, "plan": plan, "digest": digest})
+            ledger = cls(file, book, reserve)
+            if reserve is not None:
+                reserve.admit(ledger)
             return ledger
         except BaseException:
-            os.close(descriptor)
+            file.close()
             raise
 
-    def open_attempt(self) -> int:
-        """What a start or restart does: it opens a new attempt. Returns its number, from 1.
+    def open_attempt(self, lineage: Mapping[str, str], *, workers: int) -> Attempt:
+        """Begin to work, on the last attempt if its lineage is the same, else on a new one.
 
-        All randomness is keyed by the attempt, so steps that are run again after a crash have fresh
-        coins *and* fresh noise: they are new releases of the same mechanism, and are charged again.
-        Whatever an interrupted attempt may have released stays charged. (The same coins with fresh
-        noise would cost more than one more step; a restored generator could cancel the noise.)
-        Raises: RunError if the ledger is sealed or cannot be written.
+        lineage: texts without anything private that fix what coins, draws and sums hang on: key,
+        data, layout of microbatches, arithmetic. workers: how many start; only recorded.
+        Within an attempt a step that ends in the same sum is the same release. A new attempt has
+        fresh coins *and* fresh noise: its steps are new releases, and are charged again. Whatever
+        earlier attempts may have released stays charged.
+        Raises: RunError if the ledger is sealed or cannot be written; PrivacyError if the reserve
+        knows of another life of this ledger.
         """
-        attempt = self._chain.attempts + 1
-        self._append({"kind": "attempt", "attempt": attempt})
-        self._attempt = attempt
-        return attempt
+        lineage = _checked_lineage(lineage)
+        book = self._book
+        replays = book.attempts > 0 and book.lineage == lineage
+        if not replays:
+            number, nonce = book.attempts + 1, secrets.token_hex(NONCE_BYTES)
+            self._append("attempt", attempt=number, nonce=nonce, lineage=lineage)
+        token = secrets.token_hex(_TOKEN_DIGITS // 2)  # two lives of one file differ from here on
+        self._append("start", attempt=book.attempts, workers=workers, token=token)
+        if self._reserve is not None:
+            self._reserve.note_start(self)
+        self._attempt = book.attempts
+        return Attempt(book.attempts, bytes.fromhex(book.nonce), replays)
 
-    def charge(self, event: GaussianEvent, what: str, step: int | None = None) -> None:
+    def charge(self, event: GaussianEvent, what: str, step: int | None = None) -> bool:
         """Record, durably, that ``event`` is about to be released. Call it before the release.
 
-        Raises: PrivacyError, and nothing is written, if all charges with this one would cost more
-        than the budget; RunError if it could not be written, or no attempt is open.
+        step: its number from 0; None means 0 for "statistics". False, and nothing is written, if
+        this attempt charged this step before.
+        Raises: BudgetReached, and nothing is written, if all charges with this one would cost more
+        than the budget; PrivacyError if the step was charged as another event; RunError if it could
+        not be written, or no attempt is open.
         """
-        self._refuse_to_write("charge")
-        if self._attempt is None:
-            raise RunError("A charge without an attempt: call open_attempt first. This is a bug.")
-        if what not in PURPOSES:
-            raise PrivacyError(f"A charge for {what!r}: expected one of {', '.join(PURPOSES)}.")
+        self._file.refuse_to_write("charge")
+        self._require_attempt("charge")
+        place = what, _checked_place(what, step)
         if event.count < 1:
             raise PrivacyError(f"A charge for {event.count} releases: expected at least 1.")
+        before = self._book.here.get(place)
+        if before is not None:
+            if before.event != event:
+                raise PrivacyError(
+                    f"{what} {place[1]} was charged as {_named(before.event)}, now it is "
+                    f"{_named(event)}: an attempt has one price per step. This is a bug."
+                )
+            return False
         if not self.affords(event):
-            raise PrivacyError(
+            raise BudgetReached(
                 f"The budget is reached: one more {what} would bring epsilon above "
-                f"{self._chain.budget} at delta {self._chain.delta}. Nothing was released for it."
+                f"{self._book.budget} at delta {self._book.delta}. Nothing was released for it."
             )
-        body = {**asdict(event), "kind": "charge", "what": what, "step": step}
-        self._append({**body, "attempt": self._attempt})
+        self._cover([*self.events(), event])
+        self._append("charge", what=what, step=place[1], attempt=self._attempt, **asdict(event))
         kind = _kind_of(event)
-        remaining = self._affordable[kind] - event.count
         # one more of the same kind leaves the number that was affordable in all unchanged
-        self._affordable = {kind: remaining}
+        self._affordable = {kind: self._affordable[kind] - event.count}
         self._spent = None
+        return True
+
+    def bind(self, what: str, step: int | None, digest: str) -> int:
+        """Record, durably, the keyed digest of a finished sum. Call it before its noise is made.
+
+        digest: 64 hexadecimal digits. Nothing is written if this attempt bound it to this step
+        before: then the release is the same. Returns k, how many digests the step has: k of them
+        cost what one release with the noise multiplier divided by sqrt(k) costs.
+        Raises: BudgetReached, and nothing is written, if a further digest would cost more than the
+        budget; PrivacyError if the step was not charged in this attempt; RunError if it could not
+        be written.
+        """
+        self._file.refuse_to_write("bind")
+        self._require_attempt("bind")
+        place = what, _checked_place(what, step)
+        if not is_hex(digest, _DIGEST_DIGITS):
+            raise PrivacyError(f"A digest must be {_DIGEST_DIGITS} hexadecimal digits.")
+        charged = self._book.here.get(place)
+        if charged is None:
+            raise PrivacyError(
+                f"{what} {place[1]} is bound before it was charged in this attempt. This is a bug."
+            )
+        if digest in charged.digests:
+            return len(charged.digests)
+        if charged.digests:
+            events = self._book.events_after_another_digest(charged)
+            if epsilon(events, self._book.accounting_delta) > self._book.budget:
+                raise BudgetReached(
+                    f"The budget is reached: {what} {place[1]} ended in another sum than before, "
+                    f"and a further release of it would bring epsilon above {self._book.budget} at "
+                    f"delta {self._book.delta}. Nothing was released for it."
+                )
+            self._cover(events)
+            self._affordable, self._spent = {}, None
+        self._append("bind", what=what, step=place[1], attempt=self._attempt, digest=digest)
+        return len(charged.digests)
 
     def affords(self, event: GaussianEvent) -> bool:
         """Whether the budget pays for ``event`` (its count of releases) on top of all charges."""
@@ -189,46 +289,73 @@ class PrivacyLedger:
         if kind not in self._affordable:
             self._affordable[kind] = affordable_steps(
                 replace(event, count=1),
-                spent=self._chain.events,
-                epsilon=self._chain.budget,
-                delta=self._chain.accounting_delta,
+                spent=self._book.events,
+                epsilon=self._book.budget,
+                delta=self._book.accounting_delta,
             )
         return self._affordable[kind]
 
     def spent(self) -> float:
         """Epsilon of all charges of all attempts; infinity for a run without a privacy claim."""
         if self._spent is None:
-            self._spent = self._chain.spent()
+            self._spent = self._book.spent()
         return self._spent
 
     def note_checkpoint(self, step: int) -> Head:
         """Record that weights after ``step`` steps are saved; the head for them to carry."""
-        self._append({"kind": "checkpoint", "step": step})
+        if self._reserve is not None:
+            self._reserve.check(self)
+        self._append("checkpoint", step=step)
         return self.head
 
     def contains(self, head: Sequence[Any]) -> bool:
         """Whether this chain goes through ``head``: False for another ledger, or one cut before."""
-        return self._chain.contains(head)
+        return self._file.chain.contains(head)
 
     @property
     def head(self) -> Head:
-        return self._chain.head
+        return self._file.chain.head
+
+    @property
+    def run_id(self) -> str:
+        return self._book.run_id
+
+    @property
+    def claim(self) -> bool:
+        """Whether the run may state an epsilon."""
+        return self._book.claim
+
+    @property
+    def replayable_until(self) -> int:
+        """First step that the current attempt has not bound, counted on from its first step."""
+        return self._book.replayable_until
+
+    @property
+    def lineage(self) -> dict[str, str]:
+        """That of the last attempt; empty before the first."""
+        return dict(self._book.lineage)
+
+    def paid_steps(self, since: int) -> int:
+        """How many steps of the current attempt, from number ``since`` on, are charged already."""
+        return sum(what == "step" and step >= since for what, step in self._book.here)
 
     def events(self) -> tuple[GaussianEvent, ...]:
-        """All charges, one event per distinct noise multiplier and sample rate."""
-        return self._chain.events
+        """All charges, one event per distinct sample rate and noise over sqrt(digests)."""
+        return self._book.events
 
     def seal(self) -> Head:
         """Record that the run is finished: nothing is charged any more. Twice is fine."""
-        if not self._chain.sealed:
-            self._append({"kind": "seal"})
+        if self._reserve is not None:
+            self._reserve.check(self)
+        if not self._book.sealed:
+            self._append("seal")
+        if self._reserve is not None:
+            self._reserve.settle(self)
         return self.head
 
     def close(self) -> None:
         """Give the lock back. Closing twice is fine."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._file.close()
 
     def __enter__(self) -> PrivacyLedger:
         return self
@@ -236,95 +363,16 @@ class PrivacyLedger:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _begin(self, plan: dict[str, Any], *, torn_bytes: int) -> None:
-        """Write the genesis; first cut what a crash left of an earlier try."""
-        if torn_bytes:
-            self._cut(0)
-        self._append(
-            {
-                "kind": "genesis",
-                "format": FORMAT,
-                "run_id": secrets.token_hex(16),
-                "plan": plan,
-                "digest": hashlib.sha256(_canonical(plan)).hexdigest(),
-            }
-        )
-        if torn_bytes:
-            self._append({"kind": "repair", "cut_bytes": torn_bytes, "completed": False})
+    def _cover(self, events: Sequence[GaussianEvent]) -> None:
+        if self._reserve is not None:
+            self._reserve.cover(self, events)
 
-    def _repair(self, content: bytes) -> None:
-        """Cut a torn last line; a whole one that only lacks its end of line is kept and ended."""
-        chain = self._chain
-        if not chain.torn_bytes and not chain.unended:
-            return
-        if chain.torn_bytes:
-            self._cut(len(content) - chain.torn_bytes)
-        if chain.unended:
-            self._write(b"\n", size_before=chain.size - 1)
-        if not chain.sealed:  # nothing comes after a seal
-            cut, completed = chain.torn_bytes, chain.unended
-            self._append({"kind": "repair", "cut_bytes": cut, "completed": completed})
+    def _append(self, kind: str, **fields: Any) -> None:
+        self._file.append({"kind": kind, **fields})
 
-    def _cut(self, size: int) -> None:
-        try:
-            os.ftruncate(self._descriptor, size)
-            os.fsync(self._descriptor)
-        except OSError as error:
-            raise RunError(
-                f"Ledger in {self._path.parent} could not be repaired: {error.strerror}."
-            ) from None
-
-    def _append(self, body: dict[str, Any]) -> None:
-        """One entry, durable. Raises: RunError, and the entry does not count."""
-        self._refuse_to_write(body["kind"])
-        body = {"seq": len(self._chain.hashes), **body}
-        line, digest = _line(body, self._chain.head[1])
-        self._write(line, size_before=self._chain.size)
-        self._chain.take(body, digest, len(line))
-
-    def _refuse_to_write(self, kind: str) -> None:
-        if self._descriptor < 0:
-            raise RunError(f"Ledger in {self._path.parent} is closed: a {kind} cannot be recorded.")
-        if self._broken:
-            raise RunError(
-                f"Ledger in {self._path.parent} failed to write before: start the command again."
-            )
-        if self._chain.sealed:
-            raise RunError(
-                f"Ledger in {self._path.parent} is sealed, the run is finished: use a new run.dir."
-            )
-
-    def _write(self, line: bytes, *, size_before: int) -> None:
-        self._refuse_if_changed(size_before)
-        try:
-            written = os.write(self._descriptor, line)
-            if written != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._descriptor)
-        except OSError as error:
-            self._broken = True
-            with suppress(OSError):
-                os.ftruncate(self._descriptor, size_before)
-                os.fsync(self._descriptor)
-            raise RunError(
-                f"Ledger in {self._path.parent} could not be written: {error.strerror}. Nothing "
-                "was charged or released. Free some space and give the same command again."
-            ) from None
-
-    def _refuse_if_changed(self, size: int) -> None:
-        """Fencing: a writer that the lock did not stop (on another machine, say) is noticed."""
-        mine = os.fstat(self._descriptor)
-        try:
-            there = os.stat(self._path)
-        except OSError:
-            there = None
-        same = there is not None and (there.st_ino, there.st_dev) == (mine.st_ino, mine.st_dev)
-        if mine.st_size != size or not same:
-            self._broken = True
-            raise RunError(
-                f"Ledger in {self._path.parent} was changed or replaced by another process: "
-                f"expected {size} bytes. Let only one run use this directory, and start it again."
-            )
+    def _require_attempt(self, kind: str) -> None:
+        if self._attempt is None:
+            raise RunError(f"A {kind} without an attempt: call open_attempt first. This is a bug.")
 
 
 class SharedLedger:
@@ -340,21 +388,48 @@ class SharedLedger:
 
     @classmethod
     def open(
-        cls, path: Path | str, genesis: dict[str, Any], *, collective: Collective
+        cls,
+        path: Path | str,
+        genesis: dict[str, Any],
+        *,
+        collective: Collective,
+        reserve: Reserve | None = None,
     ) -> SharedLedger:
-        """:meth:`PrivacyLedger.open` on worker 0. ``genesis`` of other workers is not looked at."""
+        """:meth:`PrivacyLedger.open` on worker 0. What other workers give is not looked at."""
         shared = cls(None, collective)
         opened: list[PrivacyLedger] = []
-        shared._on_worker_0(lambda: opened.append(PrivacyLedger.open(path, genesis)))
+        shared._on_worker_0(
+            lambda: opened.append(PrivacyLedger.open(path, genesis, reserve=reserve))
+        )
         return cls(opened[0] if opened else None, collective)
 
-    def open_attempt(self) -> int:
-        """:meth:`PrivacyLedger.open_attempt`: the same number on every worker."""
-        return self._on_worker_0(lambda: self._here.open_attempt())
+    def open_attempt(self, lineage: Mapping[str, str], *, workers: int) -> Attempt:
+        """:meth:`PrivacyLedger.open_attempt`: the same on every worker; worker 0's lineage."""
 
-    def charge(self, event: GaussianEvent, what: str, step: int | None = None) -> None:
+        def action() -> dict[str, Any]:
+            attempt = self._here.open_attempt(lineage, workers=workers)
+            return {**asdict(attempt), "nonce": attempt.nonce.hex()}
+
+        found = self._on_worker_0(action)
+        return Attempt(**{**found, "nonce": bytes.fromhex(found["nonce"])})
+
+    def charge(self, event: GaussianEvent, what: str, step: int | None = None) -> bool:
         """:meth:`PrivacyLedger.charge`: durable before it returns on any worker."""
-        self._on_worker_0(lambda: self._here.charge(event, what, step))
+        return self._on_worker_0(lambda: self._here.charge(event, what, step))
+
+    def bind(self, what: str, step: int | None, digest: str) -> int:
+        """:meth:`PrivacyLedger.bind`: durable before it returns on any worker.
+
+        Raises: RunError on every worker, and nothing is written, if the workers give different
+        digests: then their finished sums differ.
+        """
+        if not self._collective.all_equal(digest.encode()):
+            raise RunError(
+                f"The finished sums of {what} {step} differ between workers: expected the same "
+                "bits on all of them. Nothing was released for it. Check the network and the "
+                "memory of the machines with `dpldm check`, and start again."
+            )
+        return self._on_worker_0(lambda: self._here.bind(what, step, digest))
 
     def affords(self, event: GaussianEvent) -> bool:
         return self._on_worker_0(lambda: self._here.affords(event))
@@ -377,6 +452,19 @@ class SharedLedger:
     @property
     def head(self) -> Head:
         return _as_head(self._on_worker_0(lambda: self._here.head))
+
+    @property
+    def replayable_until(self) -> int:
+        return self._on_worker_0(lambda: self._here.replayable_until)
+
+    @property
+    def lineage(self) -> dict[str, str]:
+        """:attr:`PrivacyLedger.lineage`, on every worker."""
+        return self._on_worker_0(lambda: self._here.lineage)
+
+    def paid_steps(self, since: int) -> int:
+        """:meth:`PrivacyLedger.paid_steps`."""
+        return self._on_worker_0(lambda: self._here.paid_steps(since))
 
     def events(self) -> tuple[GaussianEvent, ...]:
         events = self._on_worker_0(lambda: [asdict(event) for event in self._here.events()])
@@ -421,55 +509,84 @@ def read_ledger(path: Path | str) -> LedgerSummary:
 
     Raises: RunError if it cannot be read, PrivacyError naming the line if it is damaged.
     """
-    path = Path(path)
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise RunError(f"Cannot read the ledger {path}: {error.strerror}.") from None
-    try:
-        content = _read_all(descriptor, path)
-    finally:
-        os.close(descriptor)
-    chain = _Chain.read(content, path)
-    if not chain.hashes:
-        raise PrivacyError(
-            f"Ledger {path} has no genesis: expected one in line 1. Restore the file."
-        )
-    return chain.summary()
+    book = _Charges()
+    chain = read_chain(Path(path), book)
+    return LedgerSummary(
+        run_id=book.run_id,
+        plan=book.plan,
+        claim=book.claim,
+        budget=book.budget,
+        delta=book.delta,
+        overflow_delta=book.delta - book.accounting_delta,
+        events=book.events,
+        epsilon=book.spent(),
+        steps=book.releases["step"],
+        statistics=book.releases["statistics"],
+        attempts=book.attempts,
+        starts=book.starts,
+        binds=book.binds,
+        rebound=book.rebound,
+        checkpoints=book.checkpoints,
+        repairs=book.repairs,
+        sealed=book.sealed,
+        head=chain.head,
+        torn_bytes=chain.torn_bytes,
+        hashes=tuple(chain.hashes),
+    )
 
 
 @dataclass
-class _Chain:
-    """The entries of a ledger, replayed one by one."""
+class _Charged:
+    """A charge of the current attempt, and the digests that were bound to it."""
 
-    path: Path
-    hashes: list[str] = field(default_factory=list)
-    size: int = 0  # bytes of all entries
+    event: GaussianEvent
+    digests: set[str] = field(default_factory=set)
+
+    def kind(self, digests: int) -> Kind:
+        """What each of its releases is priced as, with so many digests."""
+        sigma, rate = _kind_of(self.event)
+        return sigma / math.sqrt(max(1, digests)), rate
+
+
+@dataclass
+class _Charges:
+    """What the entries of a ledger mean."""
+
+    noun = "Ledger"
+    remedy = "Epsilon cannot be known from it: restore the file from a copy, or use a new run.dir."
+    fields = {  # noqa: RUF012 - never changed
+        "genesis": {"format": int, "run_id": str, "plan": dict, "digest": str},
+        "attempt": {"attempt": int, "nonce": str, "lineage": dict},
+        "start": {"attempt": int, "workers": int, "token": str},
+        "charge": {
+            "noise_multiplier": float,
+            "sample_rate": float,
+            "count": int,
+            "what": str,
+            "step": int,
+            "attempt": int,
+        },
+        "bind": {"what": str, "step": int, "attempt": int, "digest": str},
+        "checkpoint": {"step": int},
+        "repair": REPAIR_FIELDS,
+        "seal": {},
+    }
+
     run_id: str = ""
     plan: dict[str, Any] = field(default_factory=dict)
-    counts: dict[tuple[float, float], int] = field(default_factory=dict)
+    counts: dict[Kind, int] = field(default_factory=dict)
     releases: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PURPOSES, 0))
     attempts: int = 0
+    nonce: str = ""
+    lineage: dict[str, str] = field(default_factory=dict)
+    here: dict[tuple[str, int], _Charged] = field(default_factory=dict)  # of the last attempt
+    replayable_until: int = 0
+    starts: int = 0
+    binds: int = 0
+    rebound: int = 0
     checkpoints: int = 0
     repairs: int = 0
     sealed: bool = False
-    torn_bytes: int = 0
-    unended: bool = False  # the last entry is whole, but for its end of line
-
-    @classmethod
-    def read(cls, content: bytes, path: Path) -> _Chain:
-        """Replay ``content``. A torn end is noted. Raises: PrivacyError naming a damaged line."""
-        chain = cls(path)
-        *lines, rest = content.split(b"\n")
-        for line in lines:
-            chain._replay(line)
-        if rest:
-            chain._end_without_newline(rest)
-        return chain
-
-    @property
-    def head(self) -> Head:
-        return (len(self.hashes) - 1, self.hashes[-1]) if self.hashes else (-1, "")
 
     @property
     def budget(self) -> float:
@@ -489,49 +606,33 @@ class _Chain:
 
     @property
     def events(self) -> tuple[GaussianEvent, ...]:
-        return tuple(GaussianEvent(*kind, count=n) for kind, n in self.counts.items())
+        return _as_events(self.counts)
 
     def spent(self) -> float:
         return epsilon(self.events, self.accounting_delta) if self.claim else math.inf
 
-    def contains(self, head: Sequence[Any]) -> bool:
-        if not isinstance(head, (tuple, list)) or len(head) != 2 or type(head[0]) is not int:
-            return False
-        return 0 <= head[0] < len(self.hashes) and self.hashes[head[0]] == head[1]
+    def events_after_another_digest(self, charged: _Charged) -> tuple[GaussianEvent, ...]:
+        """All events, once ``charged`` has one digest more (its first changes no price)."""
+        if not charged.digests:
+            return self.events
+        return _as_events(_repriced(self.counts, charged))
 
-    def summary(self) -> LedgerSummary:
-        return LedgerSummary(
-            run_id=self.run_id,
-            plan=self.plan,
-            claim=self.claim,
-            budget=self.budget,
-            delta=self.delta,
-            overflow_delta=self.delta - self.accounting_delta,
-            events=self.events,
-            epsilon=self.spent(),
-            steps=self.releases["step"],
-            statistics=self.releases["statistics"],
-            attempts=self.attempts,
-            checkpoints=self.checkpoints,
-            repairs=self.repairs,
-            sealed=self.sealed,
-            head=self.head,
-            torn_bytes=self.torn_bytes,
-        )
-
-    def take(self, body: dict[str, Any], digest: str, size: int) -> None:
-        """Count a checked entry."""
-        self.hashes.append(digest)
-        self.size += size
+    def take(self, body: dict[str, Any]) -> None:
         match body["kind"]:
             case "genesis":
                 self.run_id, self.plan = body["run_id"], body["plan"]
             case "attempt":
-                self.attempts = body["attempt"]
+                self.attempts, self.nonce = body["attempt"], body["nonce"]
+                self.lineage, self.here, self.replayable_until = body["lineage"], {}, 0
+            case "start":
+                self.starts += 1
             case "charge":
-                kind = (body["noise_multiplier"], body["sample_rate"])
-                self.counts[kind] = self.counts.get(kind, 0) + body["count"]
-                self.releases[body["what"]] += body["count"]
+                event = GaussianEvent(body["noise_multiplier"], body["sample_rate"], body["count"])
+                self.here[body["what"], body["step"]] = _Charged(event)
+                self.counts[_kind_of(event)] = self.counts.get(_kind_of(event), 0) + event.count
+                self.releases[body["what"]] += event.count
+            case "bind":
+                self._take_digest(body)
             case "checkpoint":
                 self.checkpoints += 1
             case "repair":
@@ -539,128 +640,94 @@ class _Chain:
             case "seal":
                 self.sealed = True
 
-    def _replay(self, line: bytes) -> None:
-        entry = _parsed(line)
-        if entry is None:
-            raise self._damage("is not an entry in canonical JSON")
-        body, stated = entry
-        expected, digest = _line(body, self.head[1])
-        if stated != digest:
-            raise self._damage("does not continue the chain: it or a line before it was changed")
-        if expected != line + b"\n":
-            raise self._damage("is not an entry in canonical JSON")
-        fault = self._fault_of(body)
-        if fault:
-            raise self._damage(fault)
-        self.take(body, digest, len(line) + 1)
+    def fault_of(self, body: dict[str, Any]) -> str:
+        kind = body["kind"]
+        if kind == "genesis":
+            return _fault_of_genesis(body)
+        if kind == "attempt":
+            return self._fault_of_attempt(body)
+        if "attempt" in body and (body["attempt"] != self.attempts or not self.attempts):
+            return f"is a {kind} of attempt {body['attempt']}, expected {self.attempts or 'none'}"
+        if kind == "start" and (body["workers"] < 1 or not is_hex(body["token"], _TOKEN_DIGITS)):
+            return "is a start of no worker, or without its token"
+        if kind == "charge":
+            return self._fault_of_charge(body)
+        return self._fault_of_bind(body) if kind == "bind" else ""
 
-    def _fault_of(self, body: dict[str, Any]) -> str:
-        """Why ``body`` cannot be the next entry; empty if it can."""
-        kind, fields = body.get("kind"), _FIELDS.get(str(body.get("kind")))
-        if fields is None:
-            return "is of a kind that this version does not know"
-        if body.keys() != {"seq", "kind", *fields} or not all(
-            _is_a(body[name], wanted) for name, wanted in fields.items()
-        ):
-            return f"is not a {kind} entry as this version writes it"
-        if not _is_a(body["seq"], int) or body["seq"] != len(self.hashes):
-            return f"says entry {body['seq']}, expected {len(self.hashes)}: lines are missing"
-        if (kind == "genesis") != (not self.hashes):
-            return f"is a {kind} entry, expected the genesis there, and only there"
-        if self.sealed:
-            return "comes after the seal"
-        return _fault_of_genesis(body) if kind == "genesis" else self._fault_of_numbers(body)
+    def _take_digest(self, body: dict[str, Any]) -> None:
+        what, step = body["what"], body["step"]
+        charged = self.here[what, step]
+        self.binds += 1
+        if charged.digests:
+            self.counts = _repriced(self.counts, charged)
+            self.rebound += len(charged.digests) == 1
+        charged.digests.add(body["digest"])
+        if what == "step":
+            self._advance(step)
 
-    def _fault_of_numbers(self, body: dict[str, Any]) -> str:
-        if body["kind"] == "attempt" and body["attempt"] != self.attempts + 1:
+    def _advance(self, step: int) -> None:
+        """Move ``replayable_until`` behind ``step`` and what is bound after it without a gap."""
+        if self.replayable_until not in (0, step):
+            return
+        step += 1
+        while ("step", step) in self.here and self.here["step", step].digests:
+            step += 1
+        self.replayable_until = step
+
+    def _fault_of_attempt(self, body: dict[str, Any]) -> str:
+        if body["attempt"] != self.attempts + 1:
             return f"opens attempt {body['attempt']}, expected {self.attempts + 1}"
-        if body["kind"] == "charge":
-            if (
-                body["what"] not in PURPOSES
-                or body["attempt"] != self.attempts
-                or not self.attempts
-            ):
-                return "charges something unknown, or outside the open attempt"
-            try:
-                kind = (body["noise_multiplier"], body["sample_rate"])
-                GaussianEvent(*kind, count=body["count"] + self.counts.get(kind, 0))
-                if body["count"] < 1:
-                    return "charges nothing"
-            except PrivacyError:
-                return "charges numbers out of range"
+        if not is_hex(body["nonce"], 2 * NONCE_BYTES):
+            return "opens an attempt without its nonce"
+        if not all(isinstance(text, str) for text in body["lineage"].values()):
+            return "opens an attempt whose lineage is not made of texts"
         return ""
 
-    def _end_without_newline(self, rest: bytes) -> None:
-        """The last line was being written when the process died; anything else is damage."""
-        text = rest.rstrip(b"\0")  # a file system may have extended the file before the data came
-        longest = _LONGEST_ENTRY if self.hashes else _LONGEST_GENESIS
-        if _is_torn(text) and len(rest) <= longest and (text or self.hashes):
-            self.torn_bytes = len(rest)
-            return
-        self._replay(text)  # whole, but for its end of line: it counts
-        self.unended, self.torn_bytes = True, len(rest) - len(text)
+    def _fault_of_charge(self, body: dict[str, Any]) -> str:
+        if body["what"] not in PURPOSES or body["step"] < 0:
+            return "charges something unknown"
+        if (body["what"], body["step"]) in self.here:
+            return "charges what its attempt has charged before"
+        kind = (body["noise_multiplier"], body["sample_rate"])
+        try:
+            GaussianEvent(*kind, count=body["count"] + self.counts.get(kind, 0))
+        except PrivacyError:
+            return "charges numbers out of range"
+        return "" if body["count"] >= 1 else "charges nothing"
 
-    def _damage(self, what: str) -> PrivacyError:
-        return PrivacyError(
-            f"Ledger {self.path}, line {len(self.hashes) + 1} {what}. Epsilon cannot be known from "
-            "it: restore the file from a copy, or use a new run.dir."
-        )
-
-
-def _is_torn(text: bytes) -> bool:
-    """Whether ``text`` can be the beginning of an entry, cut before its end."""
-    if not text.startswith(_START[: len(text)]) or not text.isascii() or b"\0" in text:
-        return False
-    try:
-        json.JSONDecoder().raw_decode(text.decode())
-    except (json.JSONDecodeError, RecursionError):
-        return True
-    return False
-
-
-def _parsed(line: bytes) -> tuple[dict[str, Any], str] | None:
-    """(body, hash) of a line, None if it is not of that form."""
-    try:
-        entry = json.loads(
-            line.decode("ascii"), parse_constant=_refuse_constant, parse_float=_finite_float
-        )
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(entry, dict) or entry.keys() != {"body", "hash"}:
-        return None
-    body, stated = entry["body"], entry["hash"]
-    return (body, stated) if isinstance(body, dict) and isinstance(stated, str) else None
+    def _fault_of_bind(self, body: dict[str, Any]) -> str:
+        charged = self.here.get((body["what"], body["step"]))
+        if charged is None:
+            return "binds what its attempt has not charged"
+        if not is_hex(body["digest"], _DIGEST_DIGITS):
+            return "binds something that is no digest"
+        if body["digest"] in charged.digests:
+            return "binds a digest for the second time"
+        try:
+            self.events_after_another_digest(charged)
+        except PrivacyError:
+            return "binds more digests than can be priced"
+        return ""
 
 
-def _line(body: dict[str, Any], previous_hash: str) -> tuple[bytes, str]:
-    canonical = _canonical(body)
-    digest = hashlib.sha256(previous_hash.encode() + canonical).hexdigest()
-    return b'{"body":' + canonical + b',"hash":"' + digest.encode() + b'"}\n', digest
+def _repriced(counts: dict[Kind, int], charged: _Charged) -> dict[Kind, int]:
+    """``counts``, once ``charged`` has one digest more. Two digests: noise over sqrt(2), ..."""
+    digests = len(charged.digests)
+    before, after = charged.kind(digests), charged.kind(digests + 1)
+    counts = dict(counts)
+    counts[before] -= charged.event.count
+    counts[after] = counts.get(after, 0) + charged.event.count
+    return {kind: count for kind, count in counts.items() if count}
 
 
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(name)  # NaN and infinities are no JSON
-
-
-def _finite_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(text)  # 1e999 is JSON, but no number we wrote
-    return value
-
-
-def _is_a(value: Any, wanted: Any) -> bool:
-    return isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
+def _as_events(counts: dict[Kind, int]) -> tuple[GaussianEvent, ...]:
+    return tuple(GaussianEvent(*kind, count=count) for kind, count in counts.items())
 
 
 def _fault_of_genesis(body: dict[str, Any]) -> str:
     if body["format"] != FORMAT:
         return f"has format {body['format']}, this version reads {FORMAT}"
-    if body["digest"] != hashlib.sha256(_canonical(body["plan"])).hexdigest():
+    if body["digest"] != hashlib.sha256(canonical(body["plan"])).hexdigest():
         return "has a plan that does not match its digest"
     try:
         _checked_plan(body["plan"])
@@ -671,18 +738,13 @@ def _fault_of_genesis(body: dict[str, Any]) -> str:
 
 def _checked_plan(genesis: dict[str, Any]) -> dict[str, Any]:
     """``genesis`` as JSON gives it back. Raises: PrivacyError if its budget or claim is none."""
-    try:
-        plan = json.loads(_canonical(genesis))
-    except (TypeError, ValueError, RecursionError):
-        raise PrivacyError(
-            "A genesis must hold finite numbers, texts, lists and dicts only."
-        ) from None
+    plan = as_json(genesis, "A genesis")
     missing = [name for name in ("epsilon", "delta") if name not in plan]
     if missing:
         raise PrivacyError(f"A genesis without {missing[0]}: expected the budget (epsilon, delta).")
     for name in ("epsilon", "delta", "overflow_delta"):
         value = plan.get(name, 0.0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not is_a(value, (int, float)):
             raise PrivacyError(f"genesis {name} = {value!r}: expected a number.")
     if not plan["epsilon"] > 0:
         raise PrivacyError(f"genesis epsilon = {plan['epsilon']}: expected more than 0.")
@@ -691,6 +753,23 @@ def _checked_plan(genesis: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(plan.get("claim", True), bool):
         raise PrivacyError(f"genesis claim = {plan['claim']!r}: expected true or false.")
     return plan
+
+
+def _checked_lineage(lineage: Mapping[str, str]) -> dict[str, str]:
+    if not all(isinstance(text, str) for item in lineage.items() for text in item):
+        raise PrivacyError("The lineage of an attempt must be made of texts. This is a bug.")
+    return dict(lineage)
+
+
+def _checked_place(what: str, step: int | None) -> int:
+    """The number under which ``what`` is charged. Raises: PrivacyError."""
+    if what not in PURPOSES:
+        raise PrivacyError(f"A charge for {what!r}: expected one of {', '.join(PURPOSES)}.")
+    if step is None and what == "statistics":
+        return 0
+    if not is_a(step, int) or not 0 <= step <= LARGEST_COUNT:
+        raise PrivacyError(f"A charge for {what} {step!r}: expected its number from 0.")
+    return step
 
 
 def _refuse_other_plan(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -708,66 +787,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _open_locked(path: Path) -> int:
-    """Its descriptor; the file is made if need be. Raises: RunError, PrivacyError."""
-    try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
-        descriptor = os.open(path, flags, 0o600)
-    except OSError as error:
-        raise RunError(f"Cannot open the ledger {path}: {error.strerror}.") from None
-    try:
-        if stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o077:
-            raise PrivacyError(f"Ledger {path} can be used by other users: run chmod 600 on it.")
-        _lock(descriptor, path)
-        return descriptor
-    except BaseException:
-        os.close(descriptor)
-        raise
+def _named(event: GaussianEvent) -> str:
+    return f"{event.count} x (sigma {event.noise_multiplier}, q {event.sample_rate})"
 
 
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RunError(
-            f"Ledger in {path.parent} is busy: another process holds it. Wait for it, or stop it."
-        ) from None
-    except OSError as error:
-        raise RunError(f"Ledger in {path.parent} cannot be locked: {error.strerror}.") from None
-
-
-def _read_all(descriptor: int, path: Path) -> bytes:
-    try:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise RunError(
-                f"Ledger {path} is not a regular file: move it away or use a new run.dir."
-            )
-        if facts.st_size > _MOST_BYTES:
-            raise RunError(
-                f"Ledger {path} has {facts.st_size} bytes: expected at most {_MOST_BYTES}."
-            )
-        with os.fdopen(os.dup(descriptor), "rb") as file:
-            file.seek(0)
-            return file.read(_MOST_BYTES)
-    except OSError as error:
-        raise RunError(f"Cannot read the ledger {path}: {error.strerror}.") from None
-
-
-def _sync_folder(path: Path) -> None:
-    try:
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise RunError(f"Cannot open {path.parent}: {error.strerror}.") from None
-    try:
-        os.fsync(folder)
-    except OSError as error:
-        raise RunError(f"Ledger in {path.parent} could not be written: {error.strerror}.") from None
-    finally:
-        os.close(folder)
-
-
-def _kind_of(event: GaussianEvent) -> tuple[float, float]:
+def _kind_of(event: GaussianEvent) -> Kind:
     return event.noise_multiplier, event.sample_rate
 
 

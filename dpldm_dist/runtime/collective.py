@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from itertools import pairwise
@@ -33,6 +34,9 @@ class SoloCollective:
     def broadcast_bytes(self, payload: bytes | None) -> bytes:
         assert payload is not None
         return payload
+
+    def all_equal(self, payload: bytes) -> bool:
+        return True
 
     def barrier(self) -> None:
         pass
@@ -77,6 +81,15 @@ class GroupCollective:
         received = buffer.cpu().numpy().tobytes()
         buffer.zero_()
         return received
+
+    def all_equal(self, payload: bytes) -> bool:
+        """One reduction: the largest and the smallest of every byte of the digests agree."""
+        digest = bytearray(hashlib.sha256(payload).digest())
+        bytes_32 = torch.frombuffer(digest, dtype=torch.uint8).to(torch.int64)
+        extremes = torch.cat([bytes_32, -bytes_32]).to(self._device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        largest, smallest = extremes.cpu().chunk(2)
+        return bool(torch.equal(largest, -smallest))
 
     def barrier(self) -> None:
         token = torch.zeros(1, device=self._device)

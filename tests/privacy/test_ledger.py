@@ -10,6 +10,8 @@ import math
 import os
 import random
 import resource
+import secrets
+import shutil
 import signal
 import stat
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from dataclasses import replace
 
 import pytest
 
-from dpldm_dist.errors import PrivacyError, RunError
+from dpldm_dist.errors import BudgetReached, PrivacyError, RunError
 from dpldm_dist.privacy.accounting import GaussianEvent, affordable_steps, epsilon
 from dpldm_dist.privacy.ledger import PrivacyLedger, SharedLedger, read_ledger
 from tests.processes import on_workers
@@ -26,6 +28,8 @@ PLAN = {"epsilon": 2.0, "delta": 1e-5, "noise_multiplier": 20.0, "unit": "image"
 STEP = GaussianEvent(20.0, 1.0)  # not subsampled: its accounting takes no time
 CHEAP_STEP = GaussianEvent(1000.0, 1.0)
 STATISTICS = GaussianEvent(30.0, 1.0)
+LINEAGE = {"key": "5e", "data": "c0", "layout": "64", "arithmetic": "cpu"}
+OTHER_LINEAGE = {**LINEAGE, "data": "c1"}
 
 
 @pytest.fixture
@@ -36,22 +40,27 @@ def path(tmp_path):
 def charged(path, steps=3, plan=PLAN):
     """An open ledger with ``steps`` steps charged in one attempt."""
     ledger = PrivacyLedger.open(path, plan)
-    ledger.open_attempt()
+    ledger.open_attempt(LINEAGE, workers=1)
     for step in range(steps):
-        ledger.charge(STEP, "step", step)
+        assert ledger.charge(STEP, "step", step)
     return ledger
+
+
+def digest_of(text):
+    return hashlib.sha256(str(text).encode()).hexdigest()
 
 
 def full_ledger(path):
     """A closed ledger with an entry of every kind but a repair; its heads after each checkpoint."""
     with PrivacyLedger.open(path, PLAN) as ledger:
-        ledger.open_attempt()
+        ledger.open_attempt(LINEAGE, workers=1)
         ledger.charge(STATISTICS, "statistics")
         heads = [ledger.note_checkpoint(0)]
         for step in range(2):
             ledger.charge(STEP, "step", step)
+            ledger.bind("step", step, digest_of(step))
         heads.append(ledger.note_checkpoint(2))
-        ledger.open_attempt()
+        ledger.open_attempt(OTHER_LINEAGE, workers=2)
         ledger.charge(STEP, "step", 2)
         heads.append(ledger.note_checkpoint(3))
     return heads
@@ -74,7 +83,7 @@ def forge(path, bodies):
 
 def forged_genesis(plan=PLAN):
     digest = hashlib.sha256(canonical(plan).encode()).hexdigest()
-    return {"kind": "genesis", "format": 1, "run_id": "00", "plan": plan, "digest": digest}
+    return {"kind": "genesis", "format": 2, "run_id": "00", "plan": plan, "digest": digest}
 
 
 @contextmanager
@@ -112,7 +121,7 @@ def test_a_ledger_says_what_was_charged(path):
     summary = read_ledger(path)
     assert summary.steps == 3
     assert summary.statistics == 1
-    assert summary.attempts == 2
+    assert (summary.attempts, summary.starts, summary.binds, summary.rebound) == (2, 2, 2, 0)
     assert summary.checkpoints == 3
     assert summary.plan == PLAN
     assert (summary.budget, summary.delta) == (2.0, 1e-5)
@@ -158,13 +167,14 @@ def test_a_charge_needs_an_attempt(path):
         ledger.charge(STEP, "step", 0)
 
 
-def test_a_restart_charges_repeated_steps_again(path):
+def test_a_new_attempt_charges_repeated_steps_again(path):
     with charged(path, steps=3) as ledger:
         once = ledger.spent()
     with PrivacyLedger.open(path, PLAN) as ledger:
         assert ledger.spent() == once  # what an interrupted attempt may have released stays charged
-        assert ledger.open_attempt() == 2
-        ledger.charge(STEP, "step", 2)
+        attempt = ledger.open_attempt(OTHER_LINEAGE, workers=1)
+        assert (attempt.number, attempt.replays) == (2, False)
+        assert ledger.charge(STEP, "step", 2)
         assert ledger.spent() == epsilon([GaussianEvent(20.0, 1.0, count=4)], 1e-5) > once
     assert read_ledger(path).attempts == 2
 
@@ -173,11 +183,17 @@ def test_nothing_follows_a_seal(path):
     with charged(path) as ledger:
         head = ledger.seal()
         assert ledger.seal() == head
-        with pytest.raises(RunError, match="sealed"):
-            ledger.charge(STEP, "step", 3)
+        for write in (
+            lambda: ledger.charge(STEP, "step", 3),
+            lambda: ledger.charge(STEP, "step", 2),  # charged before: nothing to write, but late
+            lambda: ledger.bind("step", 2, digest_of("late")),
+            lambda: ledger.note_checkpoint(3),
+        ):
+            with pytest.raises(RunError, match="sealed"):
+                write()
     assert read_ledger(path).sealed
     with PrivacyLedger.open(path, PLAN) as ledger, pytest.raises(RunError, match="sealed"):
-        ledger.open_attempt()
+        ledger.open_attempt(LINEAGE, workers=1)
 
 
 def test_a_closed_ledger_takes_nothing(path):
@@ -188,13 +204,163 @@ def test_a_closed_ledger_takes_nothing(path):
         ledger.charge(STEP, "step", 3)
 
 
+# --- attempts, replays and digests ---------------------------------------------------------------
+
+
+def test_a_start_with_the_same_lineage_goes_on_with_the_same_attempt(path):
+    with PrivacyLedger.open(path, PLAN) as ledger:
+        first = ledger.open_attempt(LINEAGE, workers=1)
+    with PrivacyLedger.open(path, PLAN) as ledger:
+        again = ledger.open_attempt(dict(reversed(LINEAGE.items())), workers=3)
+    assert (first.number, first.replays) == (1, False)
+    assert (again.number, again.nonce, again.replays) == (1, first.nonce, True)
+    summary = read_ledger(path)
+    assert (summary.attempts, summary.starts) == (1, 2)
+
+
+@pytest.mark.parametrize("name", LINEAGE)
+def test_another_key_data_layout_or_arithmetic_opens_a_new_attempt(path, name):
+    with PrivacyLedger.open(path, PLAN) as ledger:
+        first = ledger.open_attempt(LINEAGE, workers=1)
+        other = ledger.open_attempt({**LINEAGE, name: "other"}, workers=1)
+        back = ledger.open_attempt(LINEAGE, workers=1)  # only the last attempt can go on
+    assert [first.number, other.number, back.number] == [1, 2, 3]
+    assert not (first.replays or other.replays or back.replays)
+    assert len({first.nonce, other.nonce, back.nonce}) == 3
+    assert all(len(attempt.nonce) == 32 for attempt in (first, other, back))
+
+
+def test_an_attempt_does_not_show_its_nonce(path):
+    with PrivacyLedger.open(path, PLAN) as ledger:
+        attempt = ledger.open_attempt(LINEAGE, workers=1)
+    assert attempt.nonce.hex() not in repr(attempt)
+    assert repr(attempt.nonce) not in repr(attempt)
+
+
+def test_two_starts_of_two_copies_have_different_heads(path, tmp_path):
+    charged(path).close()
+    copy = tmp_path / "copy.jsonl"
+    shutil.copy(path, copy)
+    with PrivacyLedger.open(path, PLAN) as one, PrivacyLedger.open(copy, PLAN) as other:
+        assert one.head == other.head
+        one.open_attempt(LINEAGE, workers=1)
+        other.open_attempt(LINEAGE, workers=1)
+        assert one.head != other.head
+        assert not other.contains(one.head)
+
+
+def test_a_repeated_step_is_charged_once(path):
+    charged(path, steps=3).close()
+    with PrivacyLedger.open(path, PLAN) as ledger:
+        ledger.open_attempt(LINEAGE, workers=1)
+        size = path.stat().st_size
+        assert [ledger.charge(STEP, "step", step) for step in (1, 2)] == [False, False]
+        assert path.stat().st_size == size
+        assert ledger.charge(STEP, "step", 3)
+        assert ledger.charge(STATISTICS, "statistics")
+        assert not ledger.charge(STATISTICS, "statistics", 0)
+    assert read_ledger(path).events == (GaussianEvent(20.0, 1.0, count=4), STATISTICS)
+
+
+@pytest.mark.parametrize("other", [GaussianEvent(19.0, 1.0), GaussianEvent(20.0, 1.0, count=2)])
+def test_a_repeated_step_keeps_its_price(path, other):
+    with charged(path, steps=1) as ledger:
+        with pytest.raises(PrivacyError, match="was charged as 1 x"):
+            ledger.charge(other, "step", 0)
+        assert ledger.events() == (STEP,)
+
+
+def test_the_same_sum_again_costs_nothing(path):
+    with charged(path, steps=2) as ledger:
+        once = ledger.spent()
+        assert ledger.bind("step", 0, digest_of("sum")) == 1
+        size = path.stat().st_size
+        assert ledger.bind("step", 0, digest_of("sum")) == 1
+        assert path.stat().st_size == size
+        assert ledger.spent() == once
+    with PrivacyLedger.open(path, PLAN) as ledger:
+        ledger.open_attempt(LINEAGE, workers=1)
+        assert ledger.bind("step", 0, digest_of("sum")) == 1
+        assert ledger.spent() == once
+
+
+def test_k_digests_cost_one_release_with_the_noise_over_sqrt_k(path):
+    with charged(path, steps=3) as ledger:
+        for digests in range(1, 5):
+            assert ledger.bind("step", 1, digest_of(digests)) == digests
+            rest = GaussianEvent(20.0, 1.0, count=2)
+            wanted = epsilon([rest, GaussianEvent(20.0 / math.sqrt(digests), 1.0)], 1e-5)
+            assert ledger.spent() == pytest.approx(wanted, rel=1e-12)
+            fresh = affordable_steps(STEP, spent=ledger.events(), epsilon=2.0, delta=1e-5)
+            assert ledger.affordable_steps(STEP) == fresh
+        assert ledger.bind("step", 1, digest_of(1)) == 4  # any of its earlier sums
+        spent = ledger.spent()
+    summary = read_ledger(path)
+    assert (summary.binds, summary.rebound, summary.epsilon) == (4, 1, spent)
+
+
+def test_two_sums_of_a_sampled_step_cost_more_than_two_steps(path):
+    step = GaussianEvent(0.8, 0.01)
+    plan = {**PLAN, "epsilon": 8.0}
+    with PrivacyLedger.open(path, plan) as ledger:
+        ledger.open_attempt(LINEAGE, workers=1)
+        ledger.charge(step, "step", 0)
+        ledger.bind("step", 0, digest_of("a"))
+        ledger.bind("step", 0, digest_of("b"))
+        assert ledger.spent() > epsilon([replace(step, count=2)], 1e-5)
+
+
+def test_a_bind_needs_the_charge_of_its_attempt(path):
+    with charged(path, steps=1) as ledger:
+        for what, step in (("step", 1), ("statistics", None)):
+            with pytest.raises(PrivacyError, match="bound before it was charged"):
+                ledger.bind(what, step, digest_of("sum"))
+        ledger.open_attempt(OTHER_LINEAGE, workers=1)
+        with pytest.raises(PrivacyError, match="bound before it was charged"):
+            ledger.bind("step", 0, digest_of("sum"))
+        with pytest.raises(PrivacyError, match="64 hexadecimal digits"):
+            ledger.bind("step", 0, "sum")
+    assert read_ledger(path).binds == 0
+
+
+def test_a_further_digest_above_the_budget_is_refused_and_not_written(path):
+    with charged(path, steps=0) as ledger:
+        most = ledger.affordable_steps(STEP)
+        for step in range(most):
+            ledger.charge(STEP, "step", step)
+            ledger.bind("step", step, digest_of(step))
+        size, spent = path.stat().st_size, ledger.spent()
+        with pytest.raises(BudgetReached):
+            ledger.bind("step", 0, digest_of("other"))
+        assert path.stat().st_size == size
+        assert ledger.bind("step", 0, digest_of(0)) == 1  # the same sum is free, budget or not
+        assert ledger.spent() == spent <= PLAN["epsilon"]
+
+
+def test_what_is_bound_in_a_row_can_be_replayed(path):
+    with charged(path, steps=8) as ledger:
+        assert ledger.replayable_until == 0
+        for step, until in ((3, 4), (4, 5), (6, 5), (5, 7), (3, 7)):
+            ledger.bind("step", step, digest_of((step, until)))
+            assert ledger.replayable_until == until
+        ledger.open_attempt(OTHER_LINEAGE, workers=1)
+        assert ledger.replayable_until == 0
+
+
+def test_a_ledger_of_another_format_is_refused_with_its_format(path):
+    forge(path, [{**forged_genesis(), "format": 1}])
+    for function in (read_ledger, lambda p: PrivacyLedger.open(p, PLAN)):
+        with pytest.raises(PrivacyError, match="has format 1, this version reads 2"):
+            function(path)
+
+
 # --- the budget -------------------------------------------------------------------------------
 
 
 def test_the_budget_is_never_passed_and_fully_usable(path):
     with charged(path, steps=0) as ledger:
         ledger.charge(STATISTICS, "statistics")
-        with pytest.raises(PrivacyError, match="budget is reached"):
+        with pytest.raises(BudgetReached):
             for step in range(1000):
                 ledger.charge(STEP, "step", step)
         assert not ledger.affords(STEP)
@@ -211,18 +377,18 @@ def test_the_budget_is_never_passed_and_fully_usable(path):
 def test_the_budget_holds_over_restarts_and_changing_releases(path):
     random_ = random.Random(7)
     refused = 0
-    for _ in range(100):
+    for start in range(100):
         with PrivacyLedger.open(path, PLAN) as ledger:
-            ledger.open_attempt()
-            for _ in range(3):
+            ledger.open_attempt({"key": str(start)}, workers=1)
+            for step in range(3):
                 event, what = random_.choice([(STEP, "step"), (STATISTICS, "statistics")])
                 most = ledger.affordable_steps(event)
                 if not most:
                     with pytest.raises(PrivacyError):
-                        ledger.charge(event, what)
+                        ledger.charge(event, what, step)
                     refused += 1
                     break
-                ledger.charge(replace(event, count=random_.randint(1, most)), what)
+                ledger.charge(replace(event, count=random_.randint(1, most)), what, step)
             assert ledger.spent() <= PLAN["epsilon"]
         if refused:
             return
@@ -231,9 +397,9 @@ def test_the_budget_holds_over_restarts_and_changing_releases(path):
 
 def test_what_is_affordable_is_known_without_counting_again(path):
     with charged(path, steps=1) as ledger:
-        for event in (STEP, STATISTICS, STEP):
-            ledger.charge(event, "step")
-            ledger.charge(event, "step")
+        for place, event in enumerate((STEP, STATISTICS, STEP)):
+            ledger.charge(event, "step", 2 * place + 1)
+            ledger.charge(event, "step", 2 * place + 2)
             fresh = affordable_steps(event, spent=ledger.events(), epsilon=2.0, delta=1e-5)
             assert ledger.affordable_steps(event) == fresh
 
@@ -257,7 +423,7 @@ def test_a_charge_of_many_counts_as_many(path):
 def charge_for_ever(path):
     def action(say):
         with PrivacyLedger.open(path, PLAN) as ledger:
-            ledger.open_attempt()
+            ledger.open_attempt({"key": secrets.token_hex(4)}, workers=1)
             say("open")
             for step in range(1000):
                 ledger.charge(CHEAP_STEP, "step", step)
@@ -318,7 +484,7 @@ def test_a_torn_last_line_is_cut_off_and_the_repair_recorded(path, kept):
     assert before.torn_bytes == len(last[:kept])
     with PrivacyLedger.open(path, PLAN) as ledger:
         assert ledger.contains(heads[-1])
-        assert ledger.open_attempt() == 3
+        assert ledger.open_attempt(LINEAGE, workers=1).number == 3
     after = read_ledger(path)
     assert (after.repairs, after.torn_bytes) == (1, 0)
     assert after.events == before.events
@@ -381,7 +547,7 @@ def test_a_damaged_ledger_is_refused_and_left_as_it_is(path):
         PrivacyLedger.open(path, PLAN)
     later = whole[: number + 30] + damaged[number + 30 :]
     path.write_bytes(later)
-    with pytest.raises(PrivacyError, match="line 5 does not continue the chain"):
+    with pytest.raises(PrivacyError, match="line 6 does not continue the chain"):
         PrivacyLedger.open(path, PLAN)
     assert path.read_bytes() == later
 
@@ -458,9 +624,12 @@ def test_a_lost_middle_of_zeros_is_not_taken_for_a_torn_line(path):
         PrivacyLedger.open(path, PLAN)
 
 
+ATTEMPT = {"kind": "attempt", "attempt": 1, "nonce": "0e" * 32, "lineage": LINEAGE}
+START = {"kind": "start", "attempt": 1, "workers": 2, "token": "0f" * 8}
 CHARGE = {"kind": "charge", "what": "step", "step": 0, "attempt": 1, "count": 1}
 CHARGE |= {"noise_multiplier": 20.0, "sample_rate": 1.0}
-ATTEMPT = {"kind": "attempt", "attempt": 1}
+BIND = {"kind": "bind", "what": "step", "step": 0, "attempt": 1, "digest": "0d" * 32}
+OPENED = [forged_genesis(), ATTEMPT, START]
 
 
 @pytest.mark.parametrize(
@@ -471,30 +640,49 @@ ATTEMPT = {"kind": "attempt", "attempt": 1}
         [forged_genesis({"epsilon": -1.0, "delta": 1e-5})],
         [forged_genesis({**PLAN, "claim": 0})],
         [{**forged_genesis(), "digest": "00"}],
-        [{**forged_genesis(), "format": 2}],
+        [{**forged_genesis(), "format": 1}],
         [forged_genesis(), forged_genesis()],
         [forged_genesis(), CHARGE],
-        [forged_genesis(), {"kind": "attempt", "attempt": 2}],
-        [forged_genesis(), ATTEMPT, {**CHARGE, "count": -3}],
-        [forged_genesis(), ATTEMPT, {**CHARGE, "count": 0}],
-        [forged_genesis(), ATTEMPT, {**CHARGE, "count": True}],
-        [forged_genesis(), ATTEMPT, {**CHARGE, "count": 10**6}, CHARGE],
-        [forged_genesis(), ATTEMPT, {**CHARGE, "sample_rate": 0.0}],
-        [forged_genesis(), ATTEMPT, {**CHARGE, "sample_rate": 2.0}],
-        [forged_genesis(), ATTEMPT, {**CHARGE, "noise_multiplier": -20.0}],
-        [forged_genesis(), ATTEMPT, {**CHARGE, "noise_multiplier": "20"}],
-        [forged_genesis(), ATTEMPT, {**CHARGE, "noise_multiplier": math.inf}],
-        [forged_genesis(), ATTEMPT, {**CHARGE, "what": "mean"}],
-        [forged_genesis(), ATTEMPT, {**CHARGE, "attempt": 2}],
-        [forged_genesis(), ATTEMPT, {**CHARGE, "extra": 1}],
-        [forged_genesis(), ATTEMPT, {"kind": "refund"}],
-        [forged_genesis(), ATTEMPT, {"kind": "seal"}, CHARGE],
+        [forged_genesis(), START],
+        [forged_genesis(), {**ATTEMPT, "attempt": 2}],
+        [forged_genesis(), {**ATTEMPT, "nonce": "0E" * 32}],
+        [forged_genesis(), {**ATTEMPT, "nonce": "0e"}],
+        [forged_genesis(), {**ATTEMPT, "lineage": {"key": 1}}],
+        [forged_genesis(), ATTEMPT, {**START, "attempt": 2}],
+        [forged_genesis(), ATTEMPT, {**START, "workers": 0}],
+        [forged_genesis(), ATTEMPT, {**START, "token": ""}],
+        [*OPENED, {**CHARGE, "count": -3}],
+        [*OPENED, {**CHARGE, "count": 0}],
+        [*OPENED, {**CHARGE, "count": True}],
+        [*OPENED, {**CHARGE, "count": 10**6}, {**CHARGE, "step": 1}],
+        [*OPENED, {**CHARGE, "sample_rate": 0.0}],
+        [*OPENED, {**CHARGE, "sample_rate": 2.0}],
+        [*OPENED, {**CHARGE, "noise_multiplier": -20.0}],
+        [*OPENED, {**CHARGE, "noise_multiplier": "20"}],
+        [*OPENED, {**CHARGE, "noise_multiplier": math.inf}],
+        [*OPENED, {**CHARGE, "what": "mean"}],
+        [*OPENED, {**CHARGE, "step": -1}],
+        [*OPENED, {**CHARGE, "step": None}],
+        [*OPENED, {**CHARGE, "attempt": 2}],
+        [*OPENED, {**CHARGE, "extra": 1}],
+        [*OPENED, CHARGE, CHARGE],
+        [*OPENED, BIND],
+        [*OPENED, CHARGE, {**BIND, "step": 1}],
+        [*OPENED, CHARGE, {**BIND, "what": "statistics"}],
+        [*OPENED, CHARGE, {**BIND, "digest": "0D" * 32}],
+        [*OPENED, CHARGE, {**BIND, "digest": "0d" * 31}],
+        [*OPENED, CHARGE, BIND, BIND],
+        [*OPENED, CHARGE, {**ATTEMPT, "attempt": 2}, {**BIND, "attempt": 2}],
+        [*OPENED, CHARGE, {**ATTEMPT, "attempt": 2}, BIND],
+        [*OPENED, {"kind": "refund"}],
+        [*OPENED, {"kind": "seal"}, CHARGE],
+        [*OPENED, CHARGE, {"kind": "seal"}, BIND],
         [forged_genesis(), {**ATTEMPT, "seq": 5}],
     ],
 )
 def test_entries_that_cannot_be_are_refused_even_with_right_hashes(path, bodies):
-    forge(path, [forged_genesis(), ATTEMPT, CHARGE])
-    assert read_ledger(path).steps == 1  # the same writer, with possible entries, is accepted
+    forge(path, [*OPENED, CHARGE, BIND, {**BIND, "digest": "00" * 32}])
+    assert read_ledger(path).binds == 2  # the same writer, with possible entries, is accepted
     forge(path, bodies)
     with pytest.raises(PrivacyError, match=r"line \d"):
         read_ledger(path)
@@ -580,7 +768,7 @@ def test_a_writer_that_no_lock_stopped_is_noticed(path, monkeypatch):
     first = charged(path)
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)  # as on a file system without locks
     second = PrivacyLedger.open(path, PLAN)
-    second.open_attempt()
+    second.open_attempt(LINEAGE, workers=1)
     with pytest.raises(RunError, match="changed or replaced"):
         first.charge(STEP, "step", 3)
     second.charge(STEP, "step", 3)
@@ -611,10 +799,10 @@ def test_a_full_disk_acknowledges_nothing_and_leaves_no_half_line(path, room):
 
     def fill(say):
         with PrivacyLedger.open(path, PLAN) as ledger:
-            ledger.open_attempt()
+            ledger.open_attempt(LINEAGE, workers=1)
             most = path.stat().st_size + room
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-            for step in range(100):
+            for step in range(3, 100):
                 try:
                     ledger.charge(STEP, "step", step)
                 except RunError as error:
@@ -668,15 +856,21 @@ def share(collective, path):
         except Exception as error:
             seen.append((type(error).__name__, str(error)))
 
+    mine = digest_of(f"of worker {collective.rank}")
     note(lambda: SharedLedger.open(path, {**PLAN, "unit": "patient"}, collective=collective))
     ledger = SharedLedger.open(path, PLAN, collective=collective)
-    note(ledger.open_attempt)
+    note(lambda: ledger.open_attempt(OTHER_LINEAGE, workers=collective.world_size))
     note(lambda: ledger.affords(STEP))
     most = ledger.affordable_steps(STEP)
     note(lambda: most)
     note(lambda: ledger.charge(STEP, "step", 0))
+    note(lambda: ledger.charge(STEP, "step", 0))
+    note(lambda: ledger.bind("step", 0, digest_of("sum")))
+    note(lambda: ledger.bind("step", 1, digest_of("sum")))
+    note(lambda: ledger.replayable_until)
     note(lambda: ledger.charge(GaussianEvent(20.0, 1.0, count=most - 1), "step", 1))
     note(lambda: ledger.charge(STEP, "step", 2))
+    note(lambda: ledger.bind("step", 1, mine))
     note(lambda: ledger.note_checkpoint(2))
     note(lambda: ledger.contains(ledger.head))
     note(lambda: ledger.contains((1, "no")))
@@ -697,17 +891,29 @@ def test_all_workers_see_the_same_and_fail_alike(path, world_size):
     charged(path, steps=0).close()
     results = on_workers(world_size, share, path)
     assert all(result == results[0] for result in results)
-    other_plan, attempt, affords, most, first, _, refused, head, *rest = results[0]
+    other_plan, attempt, affords, most, *rest = results[0]
     assert other_plan[0] == "RunError"
-    assert (attempt, affords, first) == (2, True, None)
-    assert refused[0] == "PrivacyError"
+    assert (attempt.number, len(attempt.nonce), attempt.replays) == (2, 32, False)
+    assert affords
+    assert rest[:3] == [True, False, 1]
+    assert rest[3][0] == "PrivacyError"
+    assert rest[4:6] == [1, True]
+    assert rest[6][0] == "BudgetReached"
+    head, rest = rest[8], rest[9:]
     assert rest[:2] == [True, False]
     assert rest[3] == (GaussianEvent(20.0, 1.0, count=most),)
     assert rest[2] == epsilon(rest[3], 1e-5)
     assert rest[5][0] == "RunError"
     assert rest[6] == math.inf  # no claim, no number
     summary = read_ledger(path)
-    assert (summary.steps, summary.head[0]) == (
-        most,
-        head[0] + 1,
-    )  # the seal follows the checkpoint
+    assert summary.steps == most
+    assert summary.head[0] == head[0] + 1  # the seal follows the checkpoint
+
+
+def test_workers_whose_finished_sums_differ_all_stop_and_nothing_is_bound(path):
+    charged(path, steps=0).close()
+    for result in on_workers(3, share, path):
+        kind, message = result[11]
+        assert kind == "RunError"
+        assert "differ between workers" in message
+    assert read_ledger(path).binds == 1  # only the digest on which they agreed
