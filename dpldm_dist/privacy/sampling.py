@@ -76,7 +76,7 @@ def _below(key: bytes, records: int, threshold: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Selection:
-    """Records of one microbatch: ``shards`` and ``places``, int64 (n,), n at most its size."""
+    """Records of a lane or of a microbatch: ``shards`` and ``places``, int64 (n,)."""
 
     shards: np.ndarray
     places: np.ndarray
@@ -114,15 +114,19 @@ class Lanes:
 
     def microbatches(self, sampling: PoissonSampling, step: int, lane: int) -> Iterator[Selection]:
         """The records of ``lane`` that take part in ``step``, in shard order, in microbatches."""
-        shards, places = [], []
+        return self.split(self.select(sampling, step, lane))
+
+    def select(self, sampling: PoissonSampling, step: int, lane: int) -> Selection:
+        """All records of ``lane`` that take part in ``step``, in shard order, at most ``cap``."""
+        shards, places = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for shard in range(lane, len(self._shard_records), self._lanes):
             chosen = sampling.select(step, shard, self._shard_records[shard])
             places.append(chosen)
             shards.append(np.full(len(chosen), shard, dtype=np.int64))
-        if not shards:
-            return
-        all_shards = np.concatenate(shards)[: self._cap]
-        all_places = np.concatenate(places)[: self._cap]
-        for start in range(0, len(all_shards), self._microbatch):
+        return Selection(np.concatenate(shards)[: self._cap], np.concatenate(places)[: self._cap])
+
+    def split(self, chosen: Selection) -> Iterator[Selection]:
+        """A selection of one lane cut into microbatches, in its order."""
+        for start in range(0, len(chosen.shards), self._microbatch):
             stop = start + self._microbatch
-            yield Selection(all_shards[start:stop], all_places[start:stop])
+            yield Selection(chosen.shards[start:stop], chosen.places[start:stop])

@@ -13,19 +13,23 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dpldm_dist.errors import RunError
 from dpldm_dist.runtime.rundir import fsync_folder, private_files
 
 _NAME = re.compile(r"(\d{8})-step-(\d{8})")
+_MOST_MANIFEST_BYTES = 4096
 _TENSORS, _FACTS, _MANIFEST = "tensors.safetensors", "facts.json", "manifest.json"
 _log = logging.getLogger(__name__)
 
@@ -41,20 +45,22 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints in ``folder``, of which the newest ``keep`` stay. One writer at a time."""
+    """The checkpoints in ``folder``, of which the newest ``keep`` stay, not counting any that
+    ``latest`` found damaged. One writer at a time."""
 
     def __init__(self, folder: Path, keep: int):
         if keep < 1:
             raise ValueError(f"keep = {keep}: expected at least 1")
         self._folder = Path(folder)
         self._keep = keep
+        self._damaged: set[Path] = set()
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
         """Write a checkpoint and remove those beyond ``keep``; its folder.
 
         Formal guarantees: whenever the process or the machine stops, ``latest`` finds this
         checkpoint whole, or the one before. Files are 0600 and folders 0700. The newest save
-        counts, also if an older one has a higher step.
+        counts, also if an older one has a higher step. Older ones go only when this one is durable.
         Raises: RunError if the disk is full or cannot be written; the older ones stay usable.
         """
         contents = {
@@ -64,7 +70,9 @@ class Checkpoints:
         contents[_MANIFEST] = _json(_manifest(contents))
         try:
             with private_files():
-                self._folder.mkdir(parents=True, exist_ok=True)
+                if not self._folder.is_dir():
+                    self._folder.mkdir(parents=True)
+                    fsync_folder(self._folder.parent)
                 self._clear_leftovers()
                 return self._write(step, contents)
         except OSError as error:
@@ -85,6 +93,7 @@ class Checkpoints:
             try:
                 checkpoint = _read(path)
             except _Damaged as damage:
+                self._damaged.add(path)
                 skipped.append(f"Checkpoint {path} is damaged ({damage}): passed over.")
                 _log.warning(skipped[-1])
                 continue
@@ -95,6 +104,14 @@ class Checkpoints:
                 "a copy, or remove the folder to start again from the first step."
             )
         return None
+
+    def history(self) -> Iterator[Checkpoint]:
+        """All checkpoints that are kept, oldest first. Raises: RunError if one is damaged."""
+        for path in self._saved():
+            try:
+                yield _read(path)
+            except _Damaged as damage:
+                raise RunError(f"Checkpoint {path} is damaged ({damage}): restore it.") from None
 
     def _saved(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -113,14 +130,17 @@ class Checkpoints:
         path = self._folder / f"{number:08d}-step-{step:08d}"
         part.rename(path)
         fsync_folder(self._folder)
-        for old in [*saved, path][: -self._keep]:
+        usable = [old for old in [*saved, path] if old not in self._damaged]
+        for old in [*usable[: -self._keep], *(set(saved) & self._damaged)]:
             self._remove(old)
         return path
 
     def _remove(self, path: Path) -> None:
+        """What cannot be removed now (a network disk keeps files that are open) goes later."""
         gone = path.with_name(f".gone-{path.name}")
-        path.rename(gone)  # first: a half removed folder must not look like a checkpoint
-        shutil.rmtree(gone)
+        with suppress(OSError):
+            path.rename(gone)  # first: a half removed folder must not look like a checkpoint
+        shutil.rmtree(gone, ignore_errors=True)
 
     def _clear_leftovers(self) -> None:
         for pattern in (".part-*", ".gone-*"):
@@ -156,18 +176,44 @@ def _write_durably(path: Path, content: bytes) -> None:
 
 
 def _read(path: Path) -> Checkpoint:
-    contents = {name: _read_file(path / name) for name in (_TENSORS, _FACTS)}
-    if _read_file(path / _MANIFEST) != _json(_manifest(contents)):
+    manifest = _read_file(path / _MANIFEST, most_bytes=_MOST_MANIFEST_BYTES)
+    contents = {
+        name: _read_file(path / name, most_bytes=size) for name, size in _sizes(manifest).items()
+    }
+    if manifest != _json(_manifest(contents)):
         raise _Damaged("its files are not those of its manifest")
-    facts = json.loads(contents[_FACTS])
     match = _NAME.fullmatch(path.name)
-    if match is None or int(match[2]) != facts["step"]:
-        raise _Damaged("its name does not belong to its content")
-    return Checkpoint(facts["step"], safetensors.torch.load(contents[_TENSORS]), facts["facts"])
-
-
-def _read_file(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        tree = json.loads(contents[_FACTS])
+        step, facts = tree["step"], tree["facts"]
+        tensors = safetensors.torch.load(contents[_TENSORS])
+    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError):
+        raise _Damaged("its content is none of a checkpoint") from None
+    if match is None or type(step) is not int or int(match[2]) != step or type(facts) is not dict:
+        raise _Damaged("its name does not belong to its content")
+    return Checkpoint(step, tensors, facts)
+
+
+def _sizes(manifest: bytes) -> dict[str, int]:
+    """Bytes of each file as the manifest names them, so that no more is read."""
+    try:
+        files = json.loads(manifest)["files"]
+        sizes = {name: files[name]["bytes"] for name in (_TENSORS, _FACTS)}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise _Damaged("its manifest cannot be read") from None
+    if not all(type(size) is int and 0 <= size < 2**50 for size in sizes.values()):
+        raise _Damaged("its manifest cannot be read")
+    return sizes
+
+
+def _read_file(path: Path, *, most_bytes: int) -> bytes:
+    """A plain file of at most ``most_bytes``: a link, a pipe or a device is none of ours."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            facts = os.fstat(descriptor)
+            if not stat.S_ISREG(facts.st_mode) or facts.st_size > most_bytes:
+                raise _Damaged(f"{path.name} is not a file of the size in its manifest")
+            return file.read(most_bytes)
     except OSError as error:
         raise _Damaged(f"{path.name}: {error.strerror}") from None
