@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpldm_dist.errors import PrivacyError
+from dpldm_dist.privacy.plan import TELEMETRY_NUMBERS
+from dpldm_dist.privacy.telemetry import TelemetryQuery
 
 Kind = Literal["linear", "conv", "group_norm", "layer_norm", "embedding"]
 
@@ -101,6 +103,19 @@ class Products:
 
 
 @dataclass(frozen=True, eq=False)
+class RawRecords:
+    """Private values of the records of a microbatch as they are, without noise; float64 (B,).
+
+    ``factor_B`` is what a gradient was multiplied with: 0 for a record that did not count.
+    """
+
+    loss_B: Tensor
+    norm_B: Tensor
+    factor_B: Tensor
+    mask_B: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class RecordNorms:
     """Of each record over all layers, float64 (B,): the computed squared norm, a bound on how far
     the exact one can lie above it, and the square of the Cauchy bound on absolute sums."""
@@ -117,15 +132,18 @@ class PerRecordGradients:
     ``parameters``; all layers share one L2 norm. ``grid`` is the unit of the sum, a power of two.
     ``precision`` is that of the sum over a microbatch: "float32" is faster where float64 is slow,
     and has the larger ``accumulation_error``. It is part of the mechanism: a run keeps its value.
+    With ``telemetry``, three coordinates behind the P gradients say what it promises. ``watch`` is
+    shown raw private values of every microbatch: for runs without a privacy claim.
     Kinds of layers: Linear, Conv2d without groups, GroupNorm, LayerNorm, Embedding, their biases;
     so adapters of peft, too.
 
     Formal guarantees: exact per-record gradients of the stored operands are scaled to norm at most
     ``clip_norm``; a microbatch's sum is off the exact sum of those by at most
     ``accumulation_error`` and half a unit of the grid per coordinate. A masked record, and one
-    whose squared norm is not a finite float32, contributes exactly zero and changes no bit of what
-    the others contribute. A parameter that two modules share, or a module that runs twice in a
-    pass, is refused; parameters that are used without their module are refused by ``verify``.
+    whose loss is not finite or whose squared norm is not a finite float32, contributes exactly zero
+    to all coordinates and changes no bit of what the others contribute. A parameter that two
+    modules share, or a module that runs twice in a pass, is refused; parameters that are used
+    without their module are refused by ``verify``.
     What is assumed: rows of the model do not mix (batch norm is refused), and a row's numbers do
     not depend on its place in a microbatch of fixed shape.
 
@@ -141,6 +159,8 @@ class PerRecordGradients:
         draws: int,
         grid: float,
         precision: Precision = "float64",
+        telemetry: TelemetryQuery | None = None,
+        watch: Callable[[RawRecords], None] | None = None,
     ):
         _check_numbers(clip_norm=clip_norm, draws=draws, grid=grid)
         self._model = model
@@ -148,13 +168,14 @@ class PerRecordGradients:
         self._clip_norm = clip_norm
         self._draws = draws
         self._grid = grid
+        self._telemetry = telemetry
+        self._watch = watch
         self._places = _places(self._parameters)
         self._layers = find_layers(model, self._parameters, self._places)
         self._device = next(iter(self._parameters.values())).device
         self._least_ratio = _LEAST_RATIO[precision]
         self._scratch = _Scratch(getattr(torch, precision), self._device)
-        self._sum_P = self._zeros(torch.int64)
-        self._records = 0
+        self._begin_sum()
 
     def add(self, losses: Callable[[], Tensor], mask_B: Tensor) -> None:
         """Add the clipped gradients of one microbatch.
@@ -163,17 +184,26 @@ class PerRecordGradients:
         ``mask_B`` (bool) is False for padding. Parameters and ``.grad`` are left as they were.
         """
         self._count(len(mask_B))
-        terms = self._differentiate(losses, mask_B)
+        terms, loss_B = self._differentiate(losses, mask_B)
         with _plain_arithmetic(self._device):
             norms = record_norms(terms, mask_B)
             factor_B = clip_factors(
-                norms, mask_B, clip_norm=self._clip_norm, least_ratio=self._least_ratio
+                norms,
+                mask_B & loss_B.isfinite(),
+                clip_norm=self._clip_norm,
+                least_ratio=self._least_ratio,
             )
             weighted_sum(terms, factor_B, self._scratch, self._add_rounded)
+            if self._telemetry is not None:
+                self._sum_P[-TELEMETRY_NUMBERS:] += self._telemetry.encode(loss_B, factor_B).sum(0)
+            if self._watch is not None:
+                self._watch(RawRecords(loss_B, norms.square_B.sqrt(), factor_B, mask_B))
 
     def take_sum(self) -> Tensor:
-        """The sum in units of ``grid``, int64 (P,); the next one starts from zero."""
-        taken_P, self._sum_P, self._records = self._sum_P, self._zeros(torch.int64), 0
+        """The sum in units of ``grid``, int64 (P,), or (P + 3,) with telemetry; the next one starts
+        from zero."""
+        taken_P = self._sum_P
+        self._begin_sum()
         return taken_P
 
     def verify(
@@ -189,7 +219,7 @@ class PerRecordGradients:
         """
         ours_P = self._zeros(torch.float64)
         with _same_dropout():
-            terms = self._differentiate(losses, mask_B)
+            terms, _ = self._differentiate(losses, mask_B)
         with _plain_arithmetic(self._device):
             weights_B = mask_B.to(self._device, torch.float64)
             weighted_sum(terms, weights_B, self._scratch, ours_P.__setitem__)
@@ -211,8 +241,9 @@ class PerRecordGradients:
 
     def _differentiate(
         self, losses: Callable[[], Tensor], mask_B: Tensor
-    ) -> list[Operands | Products]:
-        """Operands or products of every layer that the losses depend on; backward stops below."""
+    ) -> tuple[list[Operands | Products], Tensor]:
+        """Operands or products of every layer that the losses depend on (backward stops below), and
+        the mean loss of each record, float64 (B,)."""
         tape = _Tape(records=len(mask_B), draws=self._draws, device=self._device)
         with _trainable(self._model, ()), tape.tapping(self._layers):
             with torch.enable_grad():
@@ -223,7 +254,7 @@ class PerRecordGradients:
                     "through the model with autograd on."
                 )
             loss_R.backward(self._seed(loss_R, mask_B))
-        return tape.terms
+        return tape.terms, loss_R.detach().double().view(-1, self._draws).mean(1)
 
     def _autograd(self, losses: Callable[[], Tensor], mask_B: Tensor) -> Tensor:
         """Gradient of the sum over records by autograd alone, float64 (P,)."""
@@ -242,6 +273,10 @@ class PerRecordGradients:
         weight_B = mask_B.to(loss_R.device, loss_R.dtype) / self._draws
         return weight_B.repeat_interleave(self._draws)
 
+    def _begin_sum(self) -> None:
+        extra = 0 if self._telemetry is None else TELEMETRY_NUMBERS
+        self._sum_P, self._records = self._zeros(torch.int64, extra=extra), 0
+
     def _count(self, records: int) -> None:
         """Refuse what could overflow: every coordinate stays below 2^62 units."""
         self._records += records
@@ -250,9 +285,9 @@ class PerRecordGradients:
                 "The integer sum could overflow: take a coarser grid or fewer records."
             )
 
-    def _zeros(self, dtype: torch.dtype) -> Tensor:
+    def _zeros(self, dtype: torch.dtype, *, extra: int = 0) -> Tensor:
         length = sum(place.stop - place.start for place in self._places.values())
-        return torch.zeros(length, dtype=dtype, device=self._device)
+        return torch.zeros(length + extra, dtype=dtype, device=self._device)
 
 
 # --- norms and clipping ---------------------------------------------------------------------------

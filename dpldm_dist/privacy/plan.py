@@ -15,6 +15,8 @@ from dpldm_dist.privacy.accounting import GaussianEvent, calibrate_noise_multipl
 from dpldm_dist.privacy.sampling import dyadic_rate
 
 GRID_BITS = 30  # the integer grid divides clip_norm's power of two by 2^30
+MOST_TELEMETRY = 0.02  # of the squared clip norm
+TELEMETRY_NUMBERS = 3  # loss, count and clip flag, behind the gradients
 _OVERFLOW_SHARE = 1e-6  # share of delta that pays for the cap on records per step
 
 
@@ -27,7 +29,8 @@ class PrivacyPlan:
     probability of at most ``overflow_delta`` over all steps, which is taken off delta.
     ``records`` is N as declared to the public, ``divisor`` the constant q * N by which every noisy
     sum is divided. ``statistics_noise`` is the noise multiplier of one release over all records
-    before the first step, None if there is none.
+    before the first step, None if there is none. ``telemetry_share`` is the share of the squared
+    clip norm that loss, count and clip flag of a record take (``privacy/telemetry.py``).
     """
 
     epsilon: float
@@ -42,6 +45,7 @@ class PrivacyPlan:
     noise_multiplier: float
     statistics_noise: float | None
     clip_norm: float
+    telemetry_share: float
     draws: int
     lanes: int
     batch_cap: int
@@ -100,6 +104,7 @@ def make_plan(
     reserve_steps: int = 0,
     noise_multiplier: float | None = None,
     statistics_noise: float | None = None,
+    telemetry_share: float = 0.0,
     unit: str = "image",
     lanes: int = 1,
     microbatch: int = 64,
@@ -109,6 +114,10 @@ def make_plan(
     With ``noise_multiplier`` given, it is checked instead. ``batch`` is the expected number of
     records per step. Raises: PrivacyError if the budget cannot be met.
     """
+    if not 0.0 <= telemetry_share <= MOST_TELEMETRY:
+        raise PrivacyError(
+            f"privacy.telemetry_share = {telemetry_share}: expected in [0, {MOST_TELEMETRY}]."
+        )
     if batch > records:
         raise PrivacyError(
             f"finetune.batch = {batch}: expected at most the {records} records declared."
@@ -138,6 +147,7 @@ def make_plan(
         noise_multiplier=noise_multiplier,
         statistics_noise=statistics_noise,
         clip_norm=clip_norm,
+        telemetry_share=telemetry_share,
         draws=draws,
         lanes=lanes,
         batch_cap=_batch_cap(records, sample_rate, draws=2 * charges, failure=overflow_delta),
@@ -147,27 +157,47 @@ def make_plan(
     return plan
 
 
-def contribution_bound(plan: PrivacyPlan, *, parameters: int, accumulation_error: float) -> float:
-    """The norm to which a record's gradient is clipped so that the *computed integer sum* moves by
-    at most ``plan.clip_norm`` when the record is added or removed.
+@dataclass(frozen=True)
+class ContributionBound:
+    """Norms to which a record is clipped; unit of clip_norm.
+
+    ``gradient`` is that of its gradient, ``telemetry`` that of its three numbers behind it. The
+    root of the sum of their squares is what is left of clip_norm after every rounding.
+    """
+
+    gradient: float
+    telemetry: float
+
+
+def contribution_bound(
+    plan: PrivacyPlan, *, parameters: int, accumulation_error: float
+) -> ContributionBound:
+    """The norms to which a record is clipped so that the *computed integer sum* moves by at most
+    ``plan.clip_norm`` when the record is added or removed.
 
     A further record can re-pack every microbatch of every lane (also by moving other records to
     other shards). A batch within ``batch_cap`` fills at most M = floor(batch_cap / microbatch) +
     lanes microbatches, with the record and without it, and each computed one is off its exact value
-    by at most half a grid unit in each of P coordinates, sqrt(P) / 2 units in norm, plus
-    ``accumulation_error`` (same unit as clip_norm; from the gradient engine). So the sum moves by
-    at most the clipped norm plus M (sqrt(P) grid + 2 accumulation_error), which is taken off here.
+    by at most half a grid unit in each coordinate, sqrt(P + 3) / 2 units in norm with telemetry,
+    plus ``accumulation_error`` (same unit as clip_norm; from the gradient engine). So the sum moves
+    by at most the clipped norm plus M (sqrt(P + 3) grid + 2 accumulation_error), which is taken off
+    here. What is left is split by ``telemetry_share``.
     Raises: PrivacyError if more than a tenth of clip_norm would go.
     """
+    coordinates = parameters + (TELEMETRY_NUMBERS if plan.telemetry_share else 0)
     microbatches = plan.batch_cap // plan.microbatch + plan.lanes
-    slack = microbatches * (math.sqrt(parameters) * plan.grid + 2.0 * accumulation_error)
+    slack = microbatches * (math.sqrt(coordinates) * plan.grid + 2.0 * accumulation_error)
     if slack > 0.1 * plan.clip_norm:
         raise PrivacyError(
             f"Rounding would take {slack / plan.clip_norm:.0%} of clip_norm for {parameters} "
             f"parameters and microbatches of {plan.microbatch}: raise run.microbatch or lower "
             "privacy.lanes."
         )
-    return plan.clip_norm - slack
+    joint = plan.clip_norm - slack
+    return ContributionBound(
+        gradient=joint * math.sqrt(1.0 - plan.telemetry_share),
+        telemetry=joint * math.sqrt(plan.telemetry_share),
+    )
 
 
 def _batch_cap(records: int, sample_rate: float, *, draws: int, failure: float) -> int:

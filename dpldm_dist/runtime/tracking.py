@@ -1,14 +1,16 @@
 """What a run shows while it works: TensorBoard and a progress bar, of public quantities only.
 
 A quantity is shown if it is differentially private, or does not depend on private data at all.
-The tables below are the whole list; a loss, gradient norm, batch size or time of a single private
-step is refused. Only worker 0 writes.
+The tables below are the whole list; a raw loss, gradient norm, batch size or time of a private
+step is refused. What stands under ``private/`` is not raw: it was released with the step's noise,
+which its error bars show. Only worker 0 writes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 import threading
 import time
@@ -28,6 +30,31 @@ from dpldm_dist.errors import PrivacyError
 from dpldm_dist.runtime.rundir import private_files
 from dpldm_dist.runtime.worker import Worker
 
+_EDGES = {
+    "": "",
+    "_low": ": two standard errors below",
+    "_high": ": two standard errors above",
+    "_mean": ": mean over the last steps",
+    "_mean_low": ": that mean, two standard errors below",
+    "_mean_high": ": that mean, two standard errors above",
+}
+TELEMETRY = {
+    f"private/{name}{edge}": f"{what}, released in the step's noisy sum{words}"
+    for name, what in (
+        ("loss", "mean clipped loss of the records of a step"),
+        ("records", "number of records of a step"),
+        ("clip_fraction", "share of the records of a step whose gradient was clipped"),
+    )
+    for edge, words in _EDGES.items()
+}
+SIGNAL = {
+    "signal/walk": "length of the sum of all noisy gradients so far",
+    "signal/noise_alone": "length that noise alone is expected to give, from public numbers",
+    "signal/noise_alone_low": "two standard errors below that",
+    "signal/noise_alone_high": "two standard errors above that",
+    "signal/walk_ratio": "walk over noise alone: 1 is pure noise",
+    "signal/step_ratio": "length of one noisy gradient over that of its noise: 1 is pure noise",
+}
 SCALARS = {
     "privacy/epsilon": "spent so far, from the ledger",
     "privacy/epsilon_budget": "the budget",
@@ -45,6 +72,8 @@ SCALARS = {
     "speed/steps_per_s": "mean over a window of many steps",
     "speed/records_per_s": "from the expected batch q * N_declared, never the drawn one",
     "speed/images_per_s": "public or generated images",
+    **TELEMETRY,
+    **SIGNAL,
 }
 TEXTS = frozenset({"privacy/plan", "privacy/guarantee"})
 PUBLIC = "public/"  # anything computed from public data: pre-training losses, warm-up losses
@@ -66,6 +95,23 @@ LAYOUT = {
         "learning rate": ["Multiline", ["optimizer/learning_rate"]],
         "noisy gradient": ["Multiline", ["optimizer/noisy_gradient_norm"]],
         "public losses": ["Multiline", ["public/.*loss.*"]],
+    },
+    "Private training, from noisy sums": {
+        title: ["Margin", [f"private/{name}", f"private/{name}_low", f"private/{name}_high"]]
+        for title, name in (
+            ("loss, with two standard errors", "loss_mean"),
+            ("loss of single steps", "loss"),
+            ("records, with two standard errors", "records_mean"),
+            ("share of clipped records", "clip_fraction_mean"),
+        )
+    },
+    "Signal beside noise": {
+        "noise alone, with two standard errors": [
+            "Margin",
+            ["signal/noise_alone", "signal/noise_alone_low", "signal/noise_alone_high"],
+        ],
+        "walk and noise alone": ["Multiline", ["signal/walk$", "signal/noise_alone$"]],
+        "ratio (1 is pure noise)": ["Multiline", ["signal/walk_ratio", "signal/step_ratio"]],
     },
     "Speed": {"per second": ["Multiline", ["speed/.*"]]},
 }
@@ -131,6 +177,33 @@ class Tracker:
             self._writer.close()
 
 
+class UnsafeTracker:
+    """TensorBoard events of raw private values, for runs without a privacy claim.
+
+    Formal guarantees: writes only into a folder that no other user may enter.
+    Raises: PrivacyError for any other folder.
+    """
+
+    def __init__(self, folder: Path, worker: Worker, *, start_step: int):
+        self._writer: SummaryWriter | None = None
+        if folder.parent.name != "private" or _is_open(folder.parent):
+            raise PrivacyError(
+                f"Raw private values in {folder}: expected a folder below private/ with mode 0700."
+            )
+        if worker.rank == 0:
+            with private_files():
+                self._writer = SummaryWriter(str(folder), purge_step=start_step, flush_secs=10)
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        if self._writer:
+            self._writer.add_scalar(tag, float(value), step)
+            self._writer.flush()
+
+
+def _is_open(folder: Path) -> bool:
+    return bool(stat.S_IMODE(folder.stat().st_mode) & 0o077)
+
+
 def _time_of(step: int) -> float:
     """The "clock time" of an entry: seconds since 2000-01-01, one per step."""
     return 946684800.0 + step
@@ -166,6 +239,10 @@ class Progress:
         if time.monotonic() - self._written >= _WRITE_EVERY_S:
             self._write(step, "running")
 
+    def say(self, line: str) -> None:
+        """A line about public facts only, which the driver prints below the bar."""
+        self._state.setdefault("lines", []).append(line)
+
     def done(self) -> None:
         self._write(self._state["total_steps"], "done")
 
@@ -187,17 +264,18 @@ class Progress:
 
 
 @contextmanager
-def show_progress(*paths: Path) -> Iterator[None]:
+def show_progress(*paths: Path, titles: Mapping[Path, str] | None = None) -> Iterator[None]:
     """In the driver: draw the progress in ``paths`` on stderr while the body runs.
 
     A bar with the time left on a terminal, else a line when something begins or ends and every
-    15 s. What ``paths`` say before the body begins is old and not shown.
+    15 s. What ``paths`` say before the body begins is old and not shown. A path with one of
+    ``titles`` goes under that name, without what it has to say.
     """
     console = rich.console.Console(file=sys.stderr)
     view = _Bars(console) if console.is_terminal else _Lines()
     stop = threading.Event()
     seen = {path: _stamp(path) for path in paths}
-    thread = threading.Thread(target=_follow, args=(seen, view, stop), daemon=True)
+    thread = threading.Thread(target=_follow, args=(seen, titles or {}, view, stop), daemon=True)
     thread.start()
     try:
         yield
@@ -221,7 +299,12 @@ def _stamp(path: Path) -> _Stamp | None:
     return _Stamp(found.st_ino, found.st_mtime_ns)
 
 
-def _follow(seen: dict[Path, _Stamp | None], view: _Bars | _Lines, stop: threading.Event) -> None:
+def _follow(
+    seen: dict[Path, _Stamp | None],
+    titles: Mapping[Path, str],
+    view: _Bars | _Lines,
+    stop: threading.Event,
+) -> None:
     stopped = False
     while not stopped:
         stopped = stop.wait(_POLL_EVERY_S)  # and once more after the end
@@ -234,6 +317,8 @@ def _follow(seen: dict[Path, _Stamp | None], view: _Bars | _Lines, stop: threadi
                 state = json.loads(path.read_text())
             except (OSError, ValueError):
                 continue
+            if path in titles:
+                state |= {"what": titles[path], "lines": []}
             view.show(state)
 
 
@@ -248,11 +333,14 @@ class _Bars:
         )
         self._progress.start()
         self._tasks: dict[str, rich.progress.TaskID] = {}
+        self._said: set[str] = set()
 
     def show(self, state: Mapping[str, Any]) -> None:
         what = state["what"]
         if what not in self._tasks:
             self._tasks[what] = self._progress.add_task(what, total=state["total_steps"], note="")
+        for line in _new_lines(state, self._said):
+            self._progress.console.print(line, soft_wrap=True, markup=False)
         self._progress.update(
             self._tasks[what],
             total=state["total_steps"],
@@ -267,9 +355,12 @@ class _Bars:
 class _Lines:
     def __init__(self) -> None:
         self._shown: tuple[str, str] | None = None
+        self._said: set[str] = set()
         self._time = 0.0
 
     def show(self, state: Mapping[str, Any]) -> None:
+        for line in _new_lines(state, self._said):
+            print(line, file=sys.stderr, flush=True)
         now, what = time.monotonic(), (state["what"], state["state"])
         if what == self._shown and now - self._time < _LINE_EVERY_S:
             return
@@ -279,6 +370,13 @@ class _Lines:
 
     def close(self) -> None:
         pass
+
+
+def _new_lines(state: Mapping[str, Any], said: set[str]) -> list[str]:
+    """What ``state`` says for the first time; it is added to ``said``."""
+    lines = [line for line in state.get("lines", []) if line not in said]
+    said.update(lines)
+    return lines
 
 
 def _note(state: Mapping[str, Any]) -> str:

@@ -21,7 +21,13 @@ from dpldm_dist.runtime.worker import Worker
 from dpldm_dist.stages import finetune as stage
 from dpldm_dist.stages.finetune.private_data import PrivateData
 
-PLACES = ("after the charge", "after the release", "while saving")
+PLACES = (
+    "after the charge",
+    "before the bind",
+    "after the bind",
+    "after the release",
+    "while saving",
+)
 
 
 def finetune(config: Config, worker: Worker) -> Any:
@@ -34,22 +40,35 @@ def finetune(config: Config, worker: Worker) -> Any:
             os.kill(os.getpid(), signal.SIGKILL)
 
     release, microbatches = NoisySum.release, PrivateData.microbatches
+    add_noise, digest = NoisySum._add_noise, NoisySum._digest
 
     def traced_release(self: NoisySum, total: Any, *, purpose: str, step: int) -> Any:
         noisy = release(self, total, purpose=purpose, step=step)
+        if self._mechanism == "a step without records":
+            return noisy
         if worker.rank == 0:
             entry = {
                 "purpose": purpose,
                 "step": step,
-                "attempt": self._attempt,
                 "head": noisy[:4].tolist(),
             }
             with open(trace, "a") as file:
                 file.write(json.dumps(entry) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        crash("after the release", step if purpose == "noise" else -1)
+        crash("after the release", step if purpose == "step" else -1)
         return noisy
+
+    def traced_digest(self: NoisySum, total: Any, *, purpose: str, step: int) -> Any:
+        if self._mechanism != "a step without records":
+            crash("before the bind", step if purpose == "step" else -1)
+        self._now = (purpose, step)
+        return digest(self, total, purpose=purpose, step=step)
+
+    def traced_noise(self: NoisySum, *arguments: Any) -> Any:
+        if self._mechanism != "a step without records":
+            crash("after the bind", self._now[1] if self._now[0] == "step" else -1)
+        return add_noise(self, *arguments)
 
     def traced_microbatches(self: PrivateData, step: int) -> Any:
         crash("after the charge", step)
@@ -62,12 +81,14 @@ def finetune(config: Config, worker: Worker) -> Any:
         return write(self, step, contents)
 
     NoisySum.release = traced_release
+    NoisySum._add_noise, NoisySum._digest = traced_noise, traced_digest
     PrivateData.microbatches = traced_microbatches
     checkpoint.Checkpoints._write = traced_write
     try:
         return stage.finetune(config, worker)
     finally:
         NoisySum.release, PrivateData.microbatches = release, microbatches
+        NoisySum._add_noise, NoisySum._digest = add_noise, digest
         checkpoint.Checkpoints._write = write
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpldm_dist import __version__
 from dpldm_dist.config import Config
 from dpldm_dist.data.latents import LatentShards
 from dpldm_dist.data.manifest import MANIFEST
@@ -23,15 +24,17 @@ from dpldm_dist.models.latent_gaussian import LatentGaussian
 from dpldm_dist.models.trainable import select_trainable, verify_all_learn
 from dpldm_dist.models.warmup import balanced_grad_scale, fit_to_gaussian
 from dpldm_dist.privacy import statistics
-from dpldm_dist.privacy.ledger import SharedLedger
+from dpldm_dist.privacy.dataset_ledger import Reservation
+from dpldm_dist.privacy.ledger import Attempt, SharedLedger
 from dpldm_dist.privacy.optimizer import NoisySum
 from dpldm_dist.privacy.plan import PrivacyPlan
-from dpldm_dist.privacy.randomness import commitment, new_key
+from dpldm_dist.privacy.randomness import commitment, derive_key
 from dpldm_dist.privacy.sampling import Lanes
 from dpldm_dist.privacy.statistics import LatentStatistics
 from dpldm_dist.runtime.rundir import RunDir, dataset_dir
 from dpldm_dist.runtime.tracking import Progress
-from dpldm_dist.runtime.worker import Worker
+from dpldm_dist.runtime.worker import Worker, arithmetic
+from dpldm_dist.stages.mechanism import reservation_of
 
 
 def declared_records(config: Config, latents: LatentShards) -> int:
@@ -57,34 +60,70 @@ def declared_records(config: Config, latents: LatentShards) -> int:
 
 def has_claim(config: Config) -> bool:
     """Whether the run may state an epsilon."""
-    return config.run.unsafe_test_key is None and not config.run.unsafe_no_noise
+    return not unsafe_switches(config)
+
+
+def unsafe_switches(config: Config) -> list[str]:
+    """The settings that void the claim, by name: what a report says in place of an epsilon."""
+    names = [name for name in type(config.run).model_fields if name.startswith("unsafe_")]
+    return [f"run.{name}" for name in names if getattr(config.run, name) not in (None, False)]
 
 
 def genesis(
-    config: Config,
-    plan: PrivacyPlan,
-    key: bytes,
-    latents: LatentShards,
-    parameters: Mapping[str, nn.Parameter],
+    config: Config, plan: PrivacyPlan, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Any]:
     """What a ledger is opened for; it is refused for another value of any field."""
+    facts = plan.facts()
+    facts.pop("microbatch")  # belongs to an attempt: another one needs other coins, no other budget
     return {
-        **plan.facts(),
+        **facts,
         "parameters": sum(parameter.numel() for parameter in parameters.values()),
-        "data": commitment(key, "latents", latents.manifest.digest.encode()),
         "claim": has_claim(config),
     }
 
 
-def start_key(config: Config, run_key: bytes, worker: Worker) -> bytes:
-    """The key of coins, draws and noise of this start: fresh, and in no file.
+def reservation(config: Config, plan: PrivacyPlan) -> Reservation | None:
+    """The run's part of the budget that all runs on the private images share, if they have one.
 
-    Formal guarantees: no two starts share coins or noise, also not those of a copied, restored or
-    rolled-back run directory; and whoever reads the run's files later cannot subtract the noise.
+    A run without a claim has no part: what it makes may not leave ``private/``.
     """
-    if config.run.unsafe_test_key is not None:  # no claim: tests compare runs of equal keys
-        return run_key
-    return worker.collective.broadcast_bytes(new_key() if worker.rank == 0 else None)
+    return reservation_of(config, plan) if has_claim(config) else None
+
+
+def lineage(
+    plan: PrivacyPlan, run_key: bytes, latents: LatentShards, worker: Worker
+) -> dict[str, str]:
+    """What fixes every sum of an attempt: a start that differs in any of it opens a new one.
+
+    ``data`` is a keyed commitment to the private latents, so that it tells nothing without the key.
+    """
+    return {
+        "key": commitment(run_key, "key", b""),
+        "data": commitment(run_key, "latents", latents.manifest.digest.encode()),
+        "layout": f"{plan.lanes} lanes, microbatches of {plan.microbatch}",
+        "arithmetic": arithmetic(worker.device),
+        "threads": str(torch.get_num_threads()),
+        "code": __version__,
+    }
+
+
+def keep_threads(config: Config, ledger: SharedLedger) -> None:
+    """Work with as many threads as the last attempt did, whatever the number of workers is now,
+    unless ``run.threads`` says otherwise: their number changes the bits of a sum."""
+    threads = ledger.lineage.get("threads")
+    if threads is not None and config.run.threads is None:
+        torch.set_num_threads(int(threads))
+
+
+def attempt_key(config: Config, run_key: bytes, attempt: Attempt) -> bytes:
+    """The key of coins, draws and noise of an attempt.
+
+    Formal guarantees: two attempts share nothing, also not those that two copies of a run directory
+    open with equal numbers, because each draws a nonce of its own.
+    """
+    tests_compare_runs = config.run.unsafe_test_key is not None  # no claim
+    nonce = b"" if tests_compare_runs else attempt.nonce
+    return derive_key(run_key, f"attempt {nonce.hex()}", attempt.number)
 
 
 def refuse_unsafe_place(config: Config, run: RunDir) -> None:
@@ -129,11 +168,12 @@ def refuse_different_workers(plan: PrivacyPlan, latents: LatentShards, worker: W
         )
 
 
-def steps_left(plan: PrivacyPlan, ledger: SharedLedger) -> int:
-    """How many more steps may run: what the budget pays for, and what ``overflow_delta`` covers."""
-    same = [e for e in ledger.events() if e.sample_rate == plan.sample_rate]
-    charged = sum(e.count for e in same if e.noise_multiplier == plan.noise_multiplier)
-    return max(0, min(ledger.affordable_steps(plan.step_event), plan.most_charges - charged))
+def steps_left(plan: PrivacyPlan, ledger: SharedLedger, *, since: int) -> int:
+    """How many steps may run from ``since`` on: those of this attempt that are paid for already,
+    then what the budget pays for, and what ``overflow_delta`` covers."""
+    charged = sum(e.count for e in ledger.events() if e.sample_rate == plan.sample_rate)
+    more = min(ledger.affordable_steps(plan.step_event), plan.most_charges - charged)
+    return ledger.paid_steps(since) + max(0, more)
 
 
 def public_model_dir(config: Config, run: RunDir) -> Path:
@@ -183,15 +223,32 @@ def release_statistics(
     config: Config,
     plan: PrivacyPlan,
     key: bytes,
-    attempt: int,
     latents: LatentShards,
     ledger: SharedLedger,
     run: RunDir,
     worker: Worker,
 ) -> LatentGaussian | None:
-    """Class means and covariance of all private latents: one charge, one noisy sum. Or nothing."""
+    """Class means and covariance of all private latents: one charge, one noisy sum. Or nothing.
+
+    What an earlier start released is used as it is.
+    """
     if plan.statistics_noise is None:
         return None
+    if not worker.collective.broadcast_json(run.gaussian.exists()):
+        _release_statistics(config, plan, key, latents, ledger, run, worker)
+        worker.collective.barrier()
+    return LatentGaussian.load(run.gaussian, latents.latent_shape)
+
+
+def _release_statistics(
+    config: Config,
+    plan: PrivacyPlan,
+    key: bytes,
+    latents: LatentShards,
+    ledger: SharedLedger,
+    run: RunDir,
+    worker: Worker,
+) -> None:
     wanted = LatentStatistics(
         classes=max(1, len(latents.classes)),
         dims=math.prod(latents.latent_shape),
@@ -211,19 +268,20 @@ def release_statistics(
         )
     noisy_sum = NoisySum(
         key,
-        attempt=attempt,
         std=plan.statistics_noise * statistics.CLIP_NORM / statistics.GRID,
+        mechanism=plan.digest(),
         collective=worker.collective,
+        bind=ledger.bind,
         unsafe_no_noise=config.run.unsafe_no_noise,
     )
     noisy_L = noisy_sum.release(total_L.to(worker.device), purpose="statistics", step=0).cpu()
     means_ND, covariance_DD = wanted.estimate(
         noisy_L, noise_multiplier=plan.statistics_noise, records=plan.records
     )
-    gaussian = LatentGaussian(means_ND, covariance_DD, latents.latent_shape)
     if worker.rank == 0:
-        gaussian.save(run.gaussian)
-    return gaussian
+        part = run.gaussian.with_suffix(".part")
+        LatentGaussian(means_ND, covariance_DD, latents.latent_shape).save(part)
+        part.replace(run.gaussian)
 
 
 def prepare_model(

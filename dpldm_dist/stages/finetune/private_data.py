@@ -7,7 +7,7 @@ latent, m images of a record.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,11 +19,13 @@ from dpldm_dist.data.latents import LatentRecords, LatentShards
 from dpldm_dist.models.denoiser import Denoiser
 from dpldm_dist.models.diffusion import Diffusion
 from dpldm_dist.privacy.draws import RecordDraws, record_draws
-from dpldm_dist.privacy.gradients import PerRecordGradients, accumulation_error
-from dpldm_dist.privacy.plan import PrivacyPlan, contribution_bound
+from dpldm_dist.privacy.gradients import PerRecordGradients, RawRecords
+from dpldm_dist.privacy.plan import PrivacyPlan
 from dpldm_dist.privacy.randomness import KEY_BYTES
-from dpldm_dist.privacy.sampling import Lanes, PoissonSampling
+from dpldm_dist.privacy.sampling import Lanes, PoissonSampling, Selection
+from dpldm_dist.privacy.selfcheck import RecordTally
 from dpldm_dist.runtime.worker import Worker
+from dpldm_dist.stages.mechanism import record_bound, telemetry_query
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class PrivateData:
         diffusion: Diffusion,
         worker: Worker,
     ):
-        self._settings = config.finetune
+        self._config = config
         self._plan = plan
         self._latents = latents
         self._key = key
@@ -69,13 +71,30 @@ class PrivateData:
             latents.shard_records, lanes=plan.lanes, cap=plan.batch_cap, microbatch=plan.microbatch
         )
         self._sampling = PoissonSampling(key, attempt=attempt, sample_rate=plan.sample_rate)
+        self._tally = RecordTally(
+            key, lanes=plan.lanes, collective=worker.collective, device=worker.device
+        )
 
     def microbatches(self, step: int) -> Iterator[Part]:
-        """This worker's part of the batch of ``step``; nothing when no record of it was drawn."""
+        """This worker's part of the batch of ``step``; nothing when no record of it was drawn.
+
+        Every worker asks for all of its parts: at their end the workers agree that each record that
+        was drawn was handed out exactly once. Raises: PrivacyError otherwise.
+        """
         for lane in self._lanes.of_worker(self._worker.rank, self._worker.world_size):
-            for chosen in self._lanes.microbatches(self._sampling, step, lane):
+            drawn = self._lanes.select(self._sampling, step, lane)
+            self._tally.drawn(lane, drawn.ids)
+            for chosen in self._lanes.split(drawn):
                 records = self._latents.gather(chosen.shards, chosen.places)
                 yield self._dress(records, self._draws(self._key, chosen.ids, step))
+                self._tally.processed(lane, chosen.ids)  # the loop is done with it
+        self._tally.settle()
+
+    def owned(self) -> Iterator[np.ndarray]:
+        """Ids of all records that this worker reads, int64 (n,), counted in its own shards."""
+        for shard in self._lanes.shards_of_worker(self._worker.rank, self._worker.world_size):
+            places = np.arange(self._latents.count(shard))
+            yield Selection(np.full(len(places), shard), places).ids
 
     def losses(self, denoiser: Denoiser, part: Part) -> Callable[[], Tensor]:
         """A forward pass that gives the loss of every row, (R,)."""
@@ -89,21 +108,24 @@ class PrivateData:
         return rows
 
     def gradients(
-        self, denoiser: Denoiser, parameters: Mapping[str, nn.Parameter]
+        self,
+        denoiser: Denoiser,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        watch: Callable[[RawRecords], None] | None = None,
     ) -> PerRecordGradients:
         """The engine, with a clip norm that pays for every rounding; tried on made-up records."""
-        plan = self._plan
-        bound = contribution_bound(
-            plan,
-            parameters=sum(parameter.numel() for parameter in parameters.values()),
-            accumulation_error=accumulation_error(
-                records=plan.microbatch, clip_norm=plan.clip_norm
-            ),
-        )
+        plan, count = self._plan, sum(parameter.numel() for parameter in parameters.values())
         engine = PerRecordGradients(
-            denoiser, parameters, clip_norm=bound, draws=plan.draws, grid=plan.grid
+            denoiser,
+            parameters,
+            clip_norm=record_bound(plan, parameters=count).gradient,
+            draws=plan.draws,
+            grid=plan.grid,
+            telemetry=telemetry_query(self._config, plan, parameters=count),
+            watch=watch,
         )
-        part = self._made_up()
+        part = self._made_up(range(plan.microbatch))
         engine.verify(self.losses(denoiser, part), part.mask_B)
         return engine
 
@@ -117,27 +139,41 @@ class PrivateData:
             dims=math.prod(self._latents.latent_shape),
         )
 
-    def _made_up(self) -> Part:
-        """A full microbatch of random numbers in the shape of the private latents."""
-        latents, size = self._latents, self._plan.microbatch
-        generator = np.random.default_rng(0)
+    def made_up_losses(self, denoiser: Denoiser) -> Callable[[Sequence[int]], Tensor]:
+        """What gives the losses (R,) of a full microbatch whose records are made up from seeds."""
+        return lambda seeds: self.losses(denoiser, self._made_up(seeds))()
+
+    def _made_up(self, seeds: Sequence[int]) -> Part:
+        """A microbatch of random records in the shape of the private ones, each of its own seed."""
+        each = [self._made_up_record(np.random.default_rng(seed)) for seed in seeds]
+        records = LatentRecords(
+            moments=np.stack([record.moments for record in each]),
+            labels=np.stack([record.labels for record in each]),
+            images=np.array([record.images for record in each]),
+            context=None
+            if self._latents.context_shape is None
+            else np.stack([record.context for record in each]),
+        )
+        return self._dress(records, self._draws(bytes(KEY_BYTES), np.array(seeds), step=0))
+
+    def _made_up_record(self, generator: np.random.Generator) -> LatentRecords:
+        """One record, without the axis of records."""
+        latents, many = self._latents, self._latents.images_per_record
         channels, height, width = latents.latent_shape
-        head = (size, latents.images_per_record)
-        moments = (*head, latents.views, 2 * channels, height, width)
+        shape = (many, latents.views, 2 * channels, height, width)
         context = None
         if latents.context_shape is not None:
-            context = generator.standard_normal((*head, *latents.context_shape), dtype=np.float32)
-        records = LatentRecords(
-            moments=generator.standard_normal(moments, dtype=np.float32),
-            labels=generator.integers(0, max(1, len(latents.classes)), head),
-            images=np.full(size, latents.images_per_record),
+            context = generator.standard_normal((many, *latents.context_shape), dtype=np.float32)
+        return LatentRecords(
+            moments=generator.standard_normal(shape, dtype=np.float32),
+            labels=generator.integers(0, max(1, len(latents.classes)), many),
+            images=np.int64(many),
             context=context,
         )
-        return self._dress(records, self._draws(bytes(KEY_BYTES), np.arange(size), step=0))
 
     def _dress(self, records: LatentRecords, draws: RecordDraws) -> Part:
         """Pick image and view, sample the posterior, noise it, and pad to the fixed size."""
-        count, many = len(records.images), self._plan.draws
+        settings, count, many = self._config.finetune, len(records.images), self._plan.draws
         rows_BK = torch.arange(count)[:, None].expand(count, many)
         image_BK = (draws.image * torch.from_numpy(records.images)[:, None]).long()
         view_BK = (draws.view * self._latents.views).long()
@@ -147,14 +183,14 @@ class PrivateData:
         z0 = mean + torch.exp(0.5 * log_variance) * draws.posterior.view(shape)
         given = records.labels if records.context is None else records.context
         times_BK = self._diffusion.times_from_uniform(
-            draws.time.reshape(-1), bias=self._settings.time_bias, spread=self._settings.time_spread
+            draws.time.reshape(-1), bias=settings.time_bias, spread=settings.time_spread
         ).view(count, many)
         return Part(
             z0_RCHW=self._pad(z0),
             noise_RCHW=self._pad(draws.noise.view(shape)),
             times_R=self._pad(times_BK),
             condition=self._pad(torch.from_numpy(given)[rows_BK, image_BK]),
-            dropped_R=self._pad(draws.dropout < self._settings.label_dropout),
+            dropped_R=self._pad(draws.dropout < settings.label_dropout),
             mask_B=(torch.arange(self._plan.microbatch) < count).to(self._worker.device),
         )
 

@@ -8,12 +8,13 @@ from dpldm_dist.config import Config
 from dpldm_dist.data.latents import LatentShards
 from dpldm_dist.data.manifest import MANIFEST, Manifest, describe_files, software
 from dpldm_dist.models.directory import LoadedModel, save_model
-from dpldm_dist.privacy.ledger import SharedLedger
+from dpldm_dist.privacy.ledger import PrivacyLedger, SharedLedger, read_ledger
 from dpldm_dist.privacy.plan import PrivacyPlan
 from dpldm_dist.runtime.rundir import RunDir, dataset_dir
 from dpldm_dist.runtime.worker import Worker
-from dpldm_dist.stages.finetune.preparation import has_claim
+from dpldm_dist.stages.finetune.preparation import reservation, unsafe_switches
 from dpldm_dist.stages.finetune.state import TrainingState, settings_of
+from dpldm_dist.stages.mechanism import plan_of
 
 
 def publish(
@@ -27,7 +28,8 @@ def publish(
     data: str,
     worker: Worker,
 ) -> Manifest:
-    """Write ``release/model`` from the averaged weights, then ``release/manifest.json``.
+    """Write ``release/model`` from the averaged weights, ``release/telemetry.json`` from the noisy
+    sums, then ``release/manifest.json``.
 
     ``data``: the commitment to the private latents that the ledger was opened with.
     """
@@ -44,8 +46,9 @@ def publish(
             kind=public.kind,
             text_encoder_from=public.folder if public.has_text_encoder else None,
         )
+        state.curves.write(run.telemetry)
         found = [path for path in run.released_model.rglob("*") if path.is_file()]
-        found += [path for path in [run.gaussian] if path.is_file()]
+        found += [path for path in [run.gaussian, run.telemetry] if path.is_file()]
         names = sorted(str(path.relative_to(run.release)) for path in found)
         Manifest(
             kind="model",
@@ -58,6 +61,17 @@ def publish(
     return Manifest.read(run.release, "model")
 
 
+def close_books(config: Config, run: RunDir, worker: Worker) -> None:
+    """After the release: seal the ledger, then destroy the key. Safe to repeat after a crash."""
+    if worker.rank == 0 and run.key.exists():
+        opened_for = read_ledger(run.ledger).plan
+        reserve = reservation(config, plan_of(config, records=opened_for["records"]))
+        with PrivacyLedger.open(run.ledger, opened_for, reserve=reserve) as ledger:
+            ledger.seal()
+        run.destroy_key()
+    worker.collective.barrier()
+
+
 def _facts(
     config: Config,
     plan: PrivacyPlan,
@@ -66,12 +80,13 @@ def _facts(
     ledger: SharedLedger,
 ) -> dict[str, Any]:
     numbers = plan.facts()
-    spent, claim = ledger.spent(), has_claim(config)
+    spent, unsafe = ledger.spent(), unsafe_switches(config)
     return {
         **numbers,
         "epsilon_budget": numbers["epsilon"],
-        "epsilon": spent if claim else None,
-        "claim": claim,
+        "epsilon": None if unsafe else spent,
+        "claim": not unsafe,
+        "unsafe": unsafe,
         "steps_done": state.step,
         "ledger_head": list(ledger.head),
         "trainable": config.finetune.trainable,

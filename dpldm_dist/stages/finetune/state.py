@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,29 +14,34 @@ from dpldm_dist.errors import PrivacyError
 from dpldm_dist.models.denoiser import Denoiser
 from dpldm_dist.models.ema import EMA
 from dpldm_dist.privacy.ledger import SharedLedger
-from dpldm_dist.privacy.optimizer import DistributedDPOptimizer, NoisySum
+from dpldm_dist.privacy.optimizer import DistributedDPOptimizer, NoisyStep, NoisySum
 from dpldm_dist.privacy.plan import PrivacyPlan
+from dpldm_dist.privacy.selfcheck import FrozenState, refuse_different_parameters
 from dpldm_dist.runtime.checkpoint import Checkpoint, Checkpoints
 from dpldm_dist.runtime.worker import Worker
+from dpldm_dist.stages.finetune.curves import Curves
 
 
 def settings_of(config: Config) -> dict[str, Any]:
     """The settings that a run keeps from its first start to its end."""
     tree = config.model_dump(mode="json")
-    run = {name: tree["run"][name] for name in ("microbatch", "unsafe_no_noise")}
+    run = {name: tree["run"][name] for name in ("unsafe_no_noise", "unsafe_diagnostics")}
     tree["model"].pop("init")  # a place on this machine; the model itself is a parent
+    for name in ("dataset_ledger", "dataset_epsilon", "dataset_delta"):
+        tree["privacy"].pop(name)  # the file of that budget keeps them
     return {name: tree[name] for name in ("finetune", "privacy", "model")} | {"run": run}
 
 
 class TrainingState:
-    """Trainable parameters, their average, and the private optimizer, after ``step`` steps."""
+    """Trainable parameters, their average, the private optimizer, and the curves of what it
+    released, after ``step`` steps."""
 
     def __init__(
         self,
         config: Config,
         plan: PrivacyPlan,
         key: bytes,
-        attempt: int,
+        ledger: SharedLedger,
         denoiser: Denoiser,
         parameters: dict[str, nn.Parameter],
         worker: Worker,
@@ -46,21 +51,26 @@ class TrainingState:
         self.parameters = parameters
         self._config = config
         self._worker = worker
-        self._inner = _inner_optimizer(config.finetune, parameters)
+        self._ledger = ledger
+        self._frozen: FrozenState | None = None
+        self.curves = Curves(config, plan, parameters)
+        self._inner = inner_optimizer(config.finetune, list(parameters.values()))
         self._schedule = _schedule(config.finetune, self._inner, steps=plan.steps)
         self.optimizer = DistributedDPOptimizer(
             self._inner,
             list(parameters.values()),
             NoisySum(
                 key,
-                attempt=attempt,
                 std=plan.noise_multiplier * plan.clip_norm / plan.grid,
+                mechanism=plan.digest(),
                 collective=worker.collective,
+                bind=ledger.bind,
                 unsafe_no_noise=config.run.unsafe_no_noise,
             ),
             grid=plan.grid,
             clip_norm=plan.clip_norm,
             divisor=plan.divisor,
+            extra=self.curves.extra,
             schedule=self._schedule,
         )
         self.begin()
@@ -73,14 +83,25 @@ class TrainingState:
         """Start the average at the parameters as they are now."""
         self.ema = EMA(self.parameters, self._config.finetune.ema_decay)
 
-    def tick(self) -> None:
-        """One step is done: the average follows."""
+    def freeze(self) -> None:
+        """From now on a save refuses a change of anything but the trainable parameters."""
+        self._frozen = FrozenState(self.denoiser, self.parameters.keys())
+
+    def tick(self, noisy: NoisyStep) -> None:
+        """One step is done: average and curves follow."""
         self.ema.update()
+        self.curves.add(noisy)
         self.step += 1
 
-    def save(self, checkpoints: Checkpoints, ledger: SharedLedger) -> None:
-        """Write a checkpoint that names the ledger head it belongs to. It holds no key."""
-        head = ledger.note_checkpoint(self.step)
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Write a checkpoint that names the ledger head it belongs to. It holds no key.
+
+        Raises: PrivacyError if a frozen parameter or a buffer changed, or workers differ.
+        """
+        if self._frozen is not None:
+            self._frozen.verify()
+        refuse_different_parameters(self.parameters, self._worker.collective)
+        head = self._ledger.note_checkpoint(self.step)
         if self._worker.rank == 0:
             facts = {
                 "settings": settings_of(self._config),
@@ -89,8 +110,9 @@ class TrainingState:
             }
             checkpoints.save(self.step, self._tensors(), facts)
         self._worker.collective.barrier()
+        self._worker.checkpointed(self.step)
 
-    def restore(self, checkpoints: Checkpoints, ledger: SharedLedger) -> bool:
+    def restore(self, checkpoints: Checkpoints) -> bool:
         """Go on from the newest checkpoint; False if there is none.
 
         Raises: PrivacyError if it belongs to another ledger; RunError for other settings.
@@ -101,7 +123,7 @@ class TrainingState:
         refuse_other_settings(
             saved.facts["settings"], settings_of(self._config), self._config.run.dir / "private"
         )
-        if not ledger.contains(saved.facts["ledger_head"]):
+        if not self._ledger.contains(saved.facts["ledger_head"]):
             raise PrivacyError(
                 "The newest checkpoint belongs to another ledger, or the ledger was cut or "
                 "replaced: restore the ledger that goes with it, or use a new run.dir."
@@ -112,6 +134,7 @@ class TrainingState:
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"parameter/{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"ema/{name}": value for name, value in self.ema.state().items()}
+        tensors |= {f"curves/{name}": value for name, value in self.curves.state().items()}
         tensors["embedder/base"] = self.denoiser.embedder.base
         for name, parameter in self.parameters.items():
             for slot, value in self._inner.state.get(parameter, {}).items():
@@ -133,6 +156,7 @@ class TrainingState:
                     for slot, value in slots.items()
                 }
         self.ema.load(_below("ema/", saved.tensors))
+        self.curves.load(_below("curves/", saved.tensors), steps=self.step)
         self._schedule.last_epoch = self.step
         for group, base in zip(self._inner.param_groups, self._schedule.base_lrs, strict=True):
             group["lr"] = base * self._schedule.lr_lambdas[0](self.step)
@@ -142,10 +166,10 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def _inner_optimizer(
-    settings: FinetuneConfig, parameters: Mapping[str, nn.Parameter]
+def inner_optimizer(
+    settings: FinetuneConfig, learning: Sequence[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    learning = list(parameters.values())
+    """The ordinary optimizer that the noisy mean is handed to."""
     if settings.optimizer == "adam":
         return torch.optim.Adam(learning, lr=settings.learning_rate, betas=settings.betas)
     return torch.optim.SGD(learning, lr=settings.learning_rate, momentum=settings.betas[0])
