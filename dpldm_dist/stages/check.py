@@ -6,9 +6,7 @@ import json
 import os
 import platform
 import shutil
-import socket
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +19,24 @@ import rich.table
 import torch
 
 from dpldm_dist.config import Config, RunConfig
-from dpldm_dist.errors import DpldmError, RunError
+from dpldm_dist.errors import ConfigError, DpldmError, RunError
 from dpldm_dist.runtime.launch import Job, launch
-from dpldm_dist.runtime.rundir import RunDir, private_files, require_free
+from dpldm_dist.runtime.probes import (
+    PROBE_BYTES,
+    allocation_here,
+    free_memory,
+    probe,
+    seconds,
+    software,
+    token_of_ray,
+)
+from dpldm_dist.runtime.rundir import RunDir, closed_dataset_dir, private_files, require_free
 from dpldm_dist.runtime.worker import Worker, cores, resolved_device
 
-_PROBE_BYTES = 32 * 2**20
 _APPENDS = 20
-_REDUCTIONS = 5
-_LEAST_MEMORY_BYTES = 512 * 2**20  # free, per worker on this machine
+_LEAST_MEMORY_BYTES = 512 * 2**20  # free, per worker of a machine
+_MOST_CLOCK_S = 60.0  # by which clocks may differ; a few minutes are too much for Slurm and TLS
+_SLOW_GB_PER_S = 0.05  # between machines; below, the workers probably use the wrong network
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ def check(config: Config, worker: Worker) -> list[Finding]:
         _try("device", lambda: _device(run)),
         _try("cores", lambda: _cores(run)),
         _try("memory", lambda: _memory(run)),
+        _try("private data", lambda: _private_data(config)),
         _try("run directory", lambda: _run_directory(run)),
     ]
     if findings[-1].error is None:
@@ -72,42 +80,19 @@ def describe(config: Config) -> list[str]:
     """What ``check`` would do, for --dry-run."""
     run = config.run
     return [
-        f"Start {run.workers} workers by the launcher '{run.launcher}' and time their all-reduce.",
-        f"Write and remove {_PROBE_BYTES >> 20} MB in {run.dir}, and test its file locks.",
+        f"Start {run.crew} workers by the launcher '{run.launcher}' and time their all-reduce.",
+        f"Write and remove {PROBE_BYTES >> 20} MB in {run.dir}, and test its file locks.",
     ]
 
 
 def measure_group(config: Config, worker: Worker) -> None:
-    """In every worker: time the collectives, and write what was seen for the driver to read.
+    """In every worker: look at machine and peers, and write what was seen for the driver to read.
 
-    The integer sum must be exact; every worker must see the files of all others.
     Raises: RunError if the run directory is not shared by all workers.
     """
     folder = _probe_folder(config.run)
-    buffer = torch.ones(_PROBE_BYTES // 8, dtype=torch.int64, device=worker.device)
-    worker.collective.sum_(buffer)  # connects all peers; not timed
-    assert bool((buffer == worker.world_size).all()), "an integer sum is not exact"
-    seconds = statistics.median(
-        _seconds(lambda: _reduce(buffer, worker)) for _ in range(_REDUCTIONS)
-    )
-    facts = {
-        "host": socket.gethostname(),
-        "address": _address(),
-        "device": str(worker.device),
-        "threads": torch.get_num_threads(),
-        "reduce_s": seconds,
-        "barrier_s": statistics.median(
-            _seconds(worker.collective.barrier) for _ in range(_REDUCTIONS)
-        ),
-    }
+    facts = probe(folder, worker)
     (folder / f"worker-{worker.rank}.json").write_text(json.dumps(facts))
-    worker.collective.barrier()
-    missing = [r for r in range(worker.world_size) if not (folder / f"worker-{r}.json").is_file()]
-    if missing:
-        raise RunError(
-            f"Worker {worker.rank} on {facts['host']} does not see in {folder} what workers "
-            f"{missing} wrote: set run.dir to storage that all machines share."
-        )
 
 
 def _try(what: str, look: Callable[[], str]) -> Finding:
@@ -120,7 +105,7 @@ def _try(what: str, look: Callable[[], str]) -> Finding:
 
 
 def _software() -> str:
-    return f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"
+    return f"{software()}, {platform.platform()}"
 
 
 def _device(run: RunConfig) -> str:
@@ -133,36 +118,38 @@ def _device(run: RunConfig) -> str:
 
 
 def _cores(run: RunConfig) -> str:
-    note = ": slower, not wrong" if run.workers > cores() else ""
-    return f"{cores()} for {run.workers} workers{note}"
+    note = ": slower, not wrong" if run.most_workers > cores() else ""
+    return f"{cores()} for {run.crew} workers{note}"
 
 
 def _memory(run: RunConfig) -> str:
     page = os.sysconf("SC_PAGE_SIZE")
-    total, free = os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
-    free = max(free, _reclaimable())
-    if free < _LEAST_MEMORY_BYTES * run.workers and run.ray_address == "local":
+    total, free = os.sysconf("SC_PHYS_PAGES") * page, free_memory()
+    wanted = _LEAST_MEMORY_BYTES * run.most_workers
+    if free < wanted and run.ray_address == "local":
         raise RunError(
-            f"{free / 2**30:.1f} GB of memory are free, expected "
-            f"{_LEAST_MEMORY_BYTES * run.workers / 2**30:.1f} GB for run.workers = {run.workers}: "
-            "lower run.workers or end other programs."
+            f"{free / 2**30:.1f} GB of memory are free, expected {wanted / 2**30:.1f} GB for "
+            f"run.workers = {run.crew}: lower run.workers or end other programs."
         )
     return f"{free / 2**30:.1f} GB free of {total / 2**30:.1f} GB"
 
 
-def _reclaimable() -> int:
-    """Bytes that Linux could give to a new program (the page cache included), or 0."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return found[0] if found else 0
+def _private_data(config: Config) -> str:
+    found = [
+        closed_dataset_dir(config, which, what).is_dir()
+        for which in ("private", "heldout")
+        for what in ("images", "latents")
+    ]
+    if not any(found):
+        return "none yet"
+    if config.data.allow_shared_files:
+        return "not looked at (data.allow_shared_files)"
+    return "closed to other users"
 
 
 def _run_directory(run: RunConfig) -> str:
     directory = RunDir(run.dir).create()
-    require_free(directory.root, 2 * _PROBE_BYTES)
+    require_free(directory.root, 2 * PROBE_BYTES)
     folder = _probe_folder(run)
     shutil.rmtree(folder, ignore_errors=True)
     with private_files():
@@ -173,15 +160,15 @@ def _run_directory(run: RunConfig) -> str:
 def _disk_speed(run: RunConfig) -> str:
     """Writing and flushing one large file, and the small appends of a ledger."""
     path = _probe_folder(run) / "probe"
-    content = os.urandom(_PROBE_BYTES)
+    content = os.urandom(PROBE_BYTES)
     with open(path, "wb") as file:
-        large_s = _seconds(lambda: _append(file, content))
+        large_s = seconds(lambda: _append(file, content))
     with open(path, "ab") as file:
         append_s = statistics.median(
-            _seconds(lambda: _append(file, content[:250])) for _ in range(_APPENDS)
+            seconds(lambda: _append(file, content[:250])) for _ in range(_APPENDS)
         )
     path.unlink()
-    return f"{_PROBE_BYTES / 2**20 / large_s:.0f} MB/s, {append_s * 1e3:.1f} ms per ledger entry"
+    return f"{PROBE_BYTES / 2**20 / large_s:.0f} MB/s, {append_s * 1e3:.1f} ms per ledger entry"
 
 
 def _append(file: Any, content: bytes) -> None:
@@ -208,21 +195,76 @@ def _workers(config: Config) -> list[Finding]:
     run, folder = config.run, _probe_folder(config.run)
     try:
         launch([Job(measure_group, config)], run=run)
-        facts = [
-            json.loads((folder / f"worker-{rank}.json").read_text()) for rank in range(run.workers)
-        ]
+        written = sorted(folder.glob("worker-*.json"), key=lambda p: int(p.stem.split("-")[1]))
+        facts = [json.loads(path.read_text()) for path in written]
     except DpldmError as error:
         return [Finding(f"workers ({run.launcher})", "", error)]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     findings = [
-        Finding(
-            f"worker {rank}",
-            f"{fact['host']} ({fact['address']}), {fact['device']}, {fact['threads']} threads",
-        )
+        _try(f"worker {rank}", lambda fact=fact: _one_worker(fact, facts))
         for rank, fact in enumerate(facts)
     ]
-    return [*findings, Finding("all-reduce", _speed(facts))]
+    findings += [
+        _try("shared storage", lambda: _storage(facts, run)),
+        _try("equal software", lambda: _equal_software(facts)),
+        _try("clocks", lambda: _clocks(facts)),
+        _try("all-reduce", lambda: _speed(facts)),
+    ]
+    if run.launcher == "ray":
+        findings.append(_try("Ray's token", lambda: token_of_ray(run)))
+    if allocation_here() is not None:
+        findings.append(_try("Slurm job", lambda: _slurm_job(facts)))
+    return findings
+
+
+def _one_worker(fact: dict[str, Any], facts: list[dict[str, Any]]) -> str:
+    here = sum(other["host"] == fact["host"] for other in facts)
+    gigabytes, wanted = fact["memory_free"] / 2**30, here * _LEAST_MEMORY_BYTES / 2**30
+    if gigabytes < wanted:
+        raise RunError(
+            f"{gigabytes:.1f} GB of memory are free on {fact['host']}, expected {wanted:.1f} GB "
+            f"for {here} workers there: lower run.workers or end other programs."
+        )
+    network = f"{fact['address']} {fact['interface']}".strip()
+    return (
+        f"{fact['host']} ({network}), {fact['device']} ({fact['device_name']}), "
+        f"{fact['threads']} threads of {fact['cores']} cores, {gigabytes:.1f} GB free"
+    )
+
+
+def _storage(facts: list[dict[str, Any]], run: RunConfig) -> str:
+    """Files of one worker reach the others; a lock that one holds is refused to the others."""
+    unlocked = [fact["host"] for fact in facts if fact["second_lock"]]
+    if unlocked:
+        raise RunError(
+            f"File locks at {run.dir} do not reach {', '.join(dict.fromkeys(unlocked))}: two runs "
+            "could spend one budget twice. Set run.dir to a file system whose flock all machines "
+            "share."
+        )
+    seen_s = max(fact["seen_s"] for fact in facts)
+    return f"a file is seen by all workers within {seen_s:.1f} s; locks hold between them"
+
+
+def _equal_software(facts: list[dict[str, Any]]) -> str:
+    for fact in facts:
+        if fact["software"] != facts[0]["software"]:
+            raise RunError(
+                f"{fact['host']} has {fact['software']}, {facts[0]['host']} has "
+                f"{facts[0]['software']}: use one environment or container on all machines."
+            )
+    return "the same on all workers"
+
+
+def _clocks(facts: list[dict[str, Any]]) -> str:
+    worst = max(facts, key=lambda fact: abs(fact["clock_ahead_s"]))
+    apart_s = abs(worst["clock_ahead_s"])
+    if apart_s > _MOST_CLOCK_S:
+        raise RunError(
+            f"The clocks of {worst['host']} and {facts[0]['host']} are {apart_s:.0f} s apart: "
+            "have them set by NTP."
+        )
+    return f"at most {apart_s:.2f} s apart"
 
 
 def _speed(facts: list[dict[str, Any]]) -> str:
@@ -230,31 +272,30 @@ def _speed(facts: list[dict[str, Any]]) -> str:
         return "one worker: none needed"
     reduce_s = max(fact["reduce_s"] for fact in facts)
     barrier_s = max(fact["barrier_s"] for fact in facts)
+    rate = PROBE_BYTES / 2**30 / reduce_s
+    several = len({fact["host"] for fact in facts}) > 1
+    slow = ": slow, see whether the workers use the right network" if rate < _SLOW_GB_PER_S else ""
     return (
-        f"{_PROBE_BYTES / 2**20:.0f} MB in {reduce_s * 1e3:.0f} ms "
-        f"({_PROBE_BYTES / 2**30 / reduce_s:.2f} GB/s), barrier {barrier_s * 1e3:.2f} ms"
+        f"{PROBE_BYTES / 2**20:.0f} MB in {reduce_s * 1e3:.0f} ms ({rate:.2f} GB/s), barrier "
+        f"{barrier_s * 1e3:.2f} ms{slow if several else ''}"
     )
 
 
-def _reduce(buffer: torch.Tensor, worker: Worker) -> None:
-    worker.collective.sum_(buffer)
-    buffer[:1].item()  # waits for the device
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
-def _address() -> str:
-    """The address from which this machine would talk to others; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))
-        except OSError:
-            return "127.0.0.1"
-        return str(probe.getsockname()[0])
+def _slurm_job(facts: list[dict[str, Any]]) -> str:
+    """Raises: ConfigError if nodes of the allocation are left idle."""
+    allocation = allocation_here()
+    assert allocation is not None
+    hosts = {fact["host"].partition(".")[0] for fact in facts}
+    idle = [node for node in allocation.nodes if node not in hosts]
+    if idle:
+        raise ConfigError(
+            f"Job {allocation.job} has {len(allocation.nodes)} nodes, and no worker runs on "
+            f"{', '.join(idle)}: give the command through slurm/check.sbatch, or raise run.workers."
+        )
+    return (
+        f"{allocation.job}: workers on {', '.join(allocation.nodes)}; {allocation.cpus} CPUs and "
+        f"{allocation.gpus} GPUs on each"
+    )
 
 
 def _probe_folder(run: RunConfig) -> Path:
