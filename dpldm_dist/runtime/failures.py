@@ -34,6 +34,10 @@ class CollateralError(WorkerError):
     """This worker only lost another one: look there for the cause."""
 
 
+class Preempted(SavedAndStopped):
+    """Saved because a machine is about to be taken away; others may go on at once."""
+
+
 def explain(error: BaseException, *, rank: int, run_dir: Path) -> DpldmError:
     """``error``, raised in worker ``rank``, as an error of our tree that any process can show.
 

@@ -24,6 +24,8 @@ def launch(jobs: Sequence[Job], *, run: RunConfig) -> None:
     """
     if not jobs:
         return
+    if run.launcher == "local":
+        run = run.model_copy(update={"workers": run.most_workers})
     try:
         if run.launcher == "ray":
             from dpldm_dist.runtime.launch_ray import launch_ray  # ray only where it is used

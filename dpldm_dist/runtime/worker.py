@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ class Worker:
     """One training process.
 
     ``rank`` counts the workers of the run from 0, ``local_rank`` those on the same machine.
+    ``preempted``: whether a machine of the run is about to be taken away, as this worker sees it.
+    ``checkpointed``: to be called by every worker once a checkpoint of that many steps is whole.
     """
 
     rank: int
@@ -25,6 +28,8 @@ class Worker:
     local_rank: int
     device: torch.device
     collective: Collective
+    preempted: Callable[[], bool] = lambda: False
+    checkpointed: Callable[[int], None] = lambda step: None
 
 
 def solo_worker(device: str | torch.device = "cpu") -> Worker:
@@ -60,7 +65,7 @@ def resolved_device(run: RunConfig) -> str:
             "run.device = cuda, but torch finds no usable GPU here: install a CUDA build of torch "
             "and check the driver, or set run.device=cpu."
         )
-    if run.device == "auto" and torch.cuda.device_count() < run.workers:
+    if run.device == "auto" and torch.cuda.device_count() < run.least_workers:
         return "cpu"
     return "cuda"
 
@@ -74,6 +79,16 @@ def set_threads(run: RunConfig, *, workers_here: int) -> int:
     threads = asked or max(1, cores() // workers_here)
     torch.set_num_threads(threads)
     return threads
+
+
+def arithmetic(device: torch.device) -> str:
+    """What the bits of a sum hang on besides its terms and the number of threads."""
+    kind = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else torch.backends.cpu.get_cpu_capability()
+    )
+    return f"torch {torch.__version__}, {device.type} {kind}"
 
 
 def cores() -> int:

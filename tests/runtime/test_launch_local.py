@@ -17,7 +17,9 @@ from dpldm_dist.runtime.launch import Job, launch
 from dpldm_dist.runtime.rundir import RunDir
 
 
-def config_for(folder: Path, *, workers: int, seed: int = 0, timeout_s: float = 60.0) -> Config:
+def config_for(
+    folder: Path, *, workers: int | list[int], seed: int = 0, timeout_s: float = 60.0
+) -> Config:
     run = {"dir": str(folder), "workers": workers, "timeout_s": timeout_s, "device": "cpu"}
     return parse_config({"run": run, "sample": {"seed": seed}})
 
@@ -27,9 +29,10 @@ def start(stage, config: Config) -> None:
     launch([Job(stage, config)], run=config.run)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_all_workers_run_every_job_in_one_group(tmp_path, workers):
-    config = config_for(tmp_path, workers=workers)
+@pytest.mark.parametrize("asked", [1, 2, 3, [1, 2]], ids=str)
+def test_all_workers_run_every_job_in_one_group(tmp_path, asked):
+    config = config_for(tmp_path, workers=asked)
+    workers = config.run.most_workers  # of a range this launcher takes the most
     RunDir(tmp_path).create()
     jobs = [Job(stages.add_up, config), Job(stages.add_up_again, config)]
     launch(jobs, run=config.run)

@@ -128,6 +128,13 @@ def test_a_link_in_place_of_the_key_is_refused(tmp_path):
         run.run_key()
 
 
+def test_a_pipe_in_place_of_the_key_is_refused_and_not_waited_for(tmp_path):
+    run = RunDir(tmp_path).create()
+    os.mkfifo(run.key, 0o600)
+    with pytest.raises(PrivacyError, match=r"Cannot read the key|damaged"):
+        run.run_key()
+
+
 def test_a_test_key_is_used_and_not_stored(tmp_path):
     run = RunDir(tmp_path).create()
     assert run.run_key("ab" * 32) == b"\xab" * 32 and not run.key.exists()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,17 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dpldm_dist.errors import PrivacyError
-from dpldm_dist.runtime.tracking import FACTS, SCALARS, Progress, Tracker, show_progress
+from dpldm_dist.runtime.rundir import RunDir
+from dpldm_dist.runtime.tracking import (
+    FACTS,
+    LAYOUT,
+    PUBLIC,
+    SCALARS,
+    Progress,
+    Tracker,
+    UnsafeTracker,
+    show_progress,
+)
 from dpldm_dist.runtime.worker import solo_worker
 
 
@@ -35,6 +46,7 @@ def test_public_quantities_are_shown(tmp_path):
 @pytest.mark.parametrize(
     "tag",
     ["loss", "train/loss", "privacy/batch_size", "optimizer/gradient_norm", "speed/batch_seconds"]
+    + ["raw/loss", "private/raw_loss", "private/loss/raw", "private/gradient_norm", "signal/sum"]
     + ["samples/loss", "publicly/loss", "privacy/epsilon/../loss", "optimizer/clip_fraction", ""],
 )
 @pytest.mark.parametrize("rank", [0, 1])
@@ -53,6 +65,34 @@ def test_a_private_quantity_is_refused_on_every_worker_and_leaves_no_trace(tmp_p
         assert events(tmp_path).Tags()["scalars"] == events(tmp_path).Tags()["images"] == []
     else:
         assert list(tmp_path.iterdir()) == []
+
+
+def test_every_chart_shows_quantities_of_the_list():
+    charts = [chart for group in LAYOUT.values() for chart in group.values()]
+    assert {kind for kind, _ in charts} == {"Margin", "Multiline"}
+    for kind, tags in charts:
+        for tag in tags:
+            if kind == "Margin":
+                assert tag in SCALARS
+            else:
+                assert tag.startswith(PUBLIC) or any(re.search(tag, known) for known in SCALARS)
+        assert kind == "Multiline" or len(tags) == 3  # value, lower and upper edge
+
+
+def test_raw_values_are_written_below_a_closed_private_folder_only(tmp_path):
+    run = RunDir(tmp_path / "run").create()
+    tracker = UnsafeTracker(run.diagnostics, solo_worker(), start_step=0)
+    tracker.scalar("raw/loss", 31337.0, 0)
+    assert events(run.diagnostics).Scalars("raw/loss")[0].value == 31337.0
+    for path in [run.diagnostics, *run.diagnostics.iterdir()]:
+        assert path.stat().st_mode & 0o077 == 0
+    other = replace(solo_worker(), rank=1, world_size=2)
+    UnsafeTracker(run.private / "other", other, start_step=0).scalar("raw/loss", 1.0, 0)
+    assert not (run.private / "other").exists()
+    run.private.chmod(0o755)
+    for folder in (run.diagnostics, run.tensorboard, run.release / "diagnostics"):
+        with pytest.raises(PrivacyError, match="mode 0700"):
+            UnsafeTracker(folder, solo_worker(), start_step=0)
 
 
 def test_only_worker_0_writes(tmp_path):
