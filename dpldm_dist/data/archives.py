@@ -8,21 +8,23 @@ from __future__ import annotations
 import glob
 import itertools
 import json
+import math
 import posixpath
 import re
 import tarfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from dpldm_dist.data.files import opened
 from dpldm_dist.data.picture import SUFFIXES, SourceImage, decode_image
 from dpldm_dist.errors import DataError
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,128}(/[A-Za-z0-9_-]{1,128})*")
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}", re.ASCII)
 _MOST_TARS = 1_000_000
 _MOST_TEXT_BYTES = 1 << 20
 
@@ -42,6 +44,8 @@ def tar_paths(pattern: str) -> list[Path]:
     """
     ranges = _RANGE.findall(pattern)
     choices = [_counted(first, last) for first, last in ranges]
+    if math.prod(len(numbers) for numbers in choices) > _MOST_TARS:
+        raise DataError(f"{pattern} counts more than {_MOST_TARS} files: expected fewer.")
     pieces = _RANGE.split(pattern)[::3]
     paths = []
     for numbers in itertools.product(*choices):
@@ -85,14 +89,17 @@ def _counted(first: str, last: str) -> list[str]:
 def _listed(path: Path) -> dict[str, _Found]:
     records: dict[str, _Found] = {}
     try:
-        with tarfile.open(path, mode="r:") as tar:
-            for member in tar:
-                _note(path, tar, member, records)
-            end = tar.offset
-        _require_end(path, end)
-    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
+        with opened(path) as file:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    _note(path, tar, member, records)
+                end = tar.offset
+            _require_end(path, file, end)
+    except DataError:
+        raise
+    except Exception as error:  # decoders of damaged archives raise anything
         raise DataError(
-            f"{path} is not a whole, uncompressed tar ({error}): make it again."
+            f"{path} is not a whole, uncompressed tar ({type(error).__name__}): make it again."
         ) from None
     if not any(found.image for found in records.values()):
         raise DataError(f"{path} holds no image: expected members such as KEY.png and KEY.cls.")
@@ -132,18 +139,17 @@ def _split(name: str) -> tuple[str, str, str]:
     return str(PurePosixPath(*parts, stem)) if stem else "", dot, extension
 
 
-def _require_end(path: Path, offset: int) -> None:
+def _require_end(path: Path, file: BinaryIO, offset: int) -> None:
     """Only zeros from ``offset`` on, two blocks at least: a tar that is cut between members, or
     damaged at one, still lists what is before."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        size = 0
-        while chunk := file.read(1 << 20):
-            size += len(chunk)
-            if any(chunk):
-                raise DataError(
-                    f"{path} goes on after its end or is damaged there: make the tar again."
-                )
+    file.seek(offset)
+    size = 0
+    while chunk := file.read(1 << 20):
+        size += len(chunk)
+        if any(chunk):
+            raise DataError(
+                f"{path} goes on after its end or is damaged there: make the tar again."
+            )
     if size < 1024:
         raise DataError(f"{path} is cut off: expected an end mark. Make the tar again.")
 
@@ -180,10 +186,6 @@ def _facts(path: Path, key: str, text: str) -> dict[str, Any]:
 
 
 def _read_member(path: Path, offset: int, size: int, name: str) -> np.ndarray:
-    try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            payload = file.read(size)
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror}.") from None
-    return decode_image(payload, name)
+    with opened(path) as file:
+        file.seek(offset)
+        return decode_image(file.read(size), name)

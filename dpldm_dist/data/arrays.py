@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import math
 import zipfile
-import zlib
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from dpldm_dist.data.files import opened, require_memory
 from dpldm_dist.data.picture import SourceImage
 from dpldm_dist.errors import DataError
 
 _UBYTE = 8
-_MOST_ITEMS = 1 << 40
 
 
 def idx_pairs(folder: Path) -> list[Path]:
@@ -44,25 +44,7 @@ def npz_images(path: Path) -> list[SourceImage]:
 
     Raises: DataError, naming the file.
     """
-    arrays: dict[str, np.ndarray] = {}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            for name in ("images", "labels", "captions", "units"):
-                if name in file.files:
-                    arrays[name] = file[name]
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-        MemoryError,
-        AttributeError,
-    ):
-        raise DataError(
-            f"{path} is not an NPZ file of plain arrays: expected images, uint8 (N, H, W[, C]), "
-            "and labels (N,). Arrays of Python objects are never loaded."
-        ) from None
+    arrays = _read_npz(path, ("images", "labels", "captions", "units"))
     if not {"images", "labels"} <= arrays.keys():
         raise DataError(f"{path} holds {sorted(arrays)}: expected the arrays images and labels.")
     images = arrays.pop("images")
@@ -77,7 +59,7 @@ def _from_arrays(
     captions: list[str] | None = None,
     units: list[str] | None = None,
 ) -> list[SourceImage]:
-    if images.dtype != np.uint8:
+    if images.dtype != np.uint8 or not images.dtype.isnative:
         raise DataError(f"{path} holds images of type {images.dtype}: expected uint8, 0 to 255.")
     if (
         images.ndim not in (3, 4)
@@ -103,6 +85,30 @@ def _from_arrays(
     ]
 
 
+def _read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Those of the arrays ``names`` that there are; nothing of more bytes than there is memory."""
+    try:
+        with opened(path) as file:
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+            require_memory(path, sum(member.file_size for member in members))
+            if len({member.filename for member in members}) < len(members):
+                raise ValueError  # which of two arrays of one name would it be?
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                found = {name: arrays[name] for name in names if name in arrays.files}
+            if not all(isinstance(array, np.ndarray) for array in found.values()):
+                raise ValueError  # what is no array comes back as its bytes
+            return found
+    except DataError:
+        raise
+    except Exception:  # decoders of damaged archives raise anything
+        raise DataError(
+            f"{path} is not an NPZ file of plain arrays: expected images, uint8 (N, H, W[, C]), "
+            "and labels (N,). Arrays of Python objects are never loaded."
+        ) from None
+
+
 def _texts(path: Path, name: str, array: np.ndarray, count: int) -> list[str]:
     if array.shape != (count,) or array.dtype.kind not in "iuU":
         raise DataError(
@@ -122,7 +128,8 @@ def _labels_beside(path: Path) -> Path | None:
 def _read_idx(path: Path, axes: tuple[int, ...]) -> np.ndarray:
     """Source: http://yann.lecun.com/exdb/mnist (two zero bytes, type, number of axes, sizes)."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        with opened(path) as packed:
+            file = gzip.GzipFile(fileobj=packed) if path.suffix == ".gz" else packed
             magic = file.read(4)
             if (
                 len(magic) != 4
@@ -130,17 +137,21 @@ def _read_idx(path: Path, axes: tuple[int, ...]) -> np.ndarray:
                 or magic[2] != _UBYTE
                 or magic[3] not in axes
             ):
-                raise DataError(f"{path} is not an IDX file of unsigned bytes with {axes[0]} axes.")
-            shape = tuple(int(n) for n in np.frombuffer(file.read(4 * magic[3]), dtype=">u4"))
-            numbers = int(np.prod(shape, dtype=object)) if len(shape) == magic[3] else -1
-            if not 0 <= numbers < _MOST_ITEMS:
-                raise DataError(f"{path} is damaged: its sizes cannot be right.")
+                raise DataError(
+                    f"{path} is not an IDX file: expected unsigned bytes with {axes[0]} axes."
+                )
+            sizes = file.read(4 * magic[3])
+            shape = tuple(int(n) for n in np.frombuffer(sizes, dtype=">u4"))
+            numbers = math.prod(shape)
+            require_memory(path, numbers)
             payload = file.read(numbers + 1)  # one more, to see that nothing follows
-    except (OSError, ValueError, EOFError, zlib.error, MemoryError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # decoders of damaged archives raise anything
         raise DataError(
-            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}."
+            f"{path} cannot be read as an IDX file ({type(error).__name__}): make it again."
         ) from None
-    if len(payload) != numbers:
+    if len(shape) != magic[3] or len(payload) != numbers:
         raise DataError(
             f"{path} is damaged: expected {numbers} bytes after its header, found other."
         )

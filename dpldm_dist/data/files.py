@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -62,35 +63,64 @@ def write_file(path: Path, payload: bytes, *, private: bool) -> None:
         file.write(payload)
 
 
-def read_file(path: Path, *, most_bytes: int | None = None) -> bytes:
-    """All bytes of ``path``. Raises: DataError if missing, unreadable or above ``most_bytes``."""
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to read.
+
+    Formal guarantees: it is a regular file, so that neither opening nor reading waits for ever (as
+    with a pipe) or finds no end (as with a device). Raises: DataError, also for an OSError within.
+    """
+    if "\0" in str(path):
+        raise DataError(f"{str(path)!r} is no name of a file: give another one.")
     try:
-        size = path.stat().st_size
-        if most_bytes is not None and size > most_bytes:
-            raise DataError(f"{path} has {size} bytes, expected at most {most_bytes}.")
-        return path.read_bytes()
+        # without O_NONBLOCK, a pipe that nobody writes to would hold us here
+        with open(path, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise DataError(f"{path} is not a regular file: remove it, or restore the file.")
+            yield file
     except FileNotFoundError:
         raise DataError(f"{path} is missing: restore it, or make it again.") from None
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+    except OSError as error:
         raise DataError(
-            f"Cannot read {path}: {getattr(error, 'strerror', None) or error}."
+            f"Cannot read {path}: {error.strerror or error}. Restore it, or make it again."
         ) from None
+
+
+def read_file(path: Path, *, most_bytes: int | None = None) -> bytes:
+    """All bytes of ``path``. Raises: DataError if missing, unreadable or above ``most_bytes``."""
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if most_bytes is not None and size > most_bytes:
+            raise DataError(
+                f"{path} has {size} bytes, expected at most {most_bytes}: restore it, or make it "
+                "again."
+            )
+        return file.read()
 
 
 def describe_file(path: Path) -> dict[str, int | str]:
     """``{"bytes": ..., "sha256": ...}`` of one file. Raises: DataError if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"bytes": os.fstat(file.fileno()).st_size, "sha256": sha256}
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing: restore it, or make it again.") from None
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror}.") from None
+    with opened(path) as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": sha256}
+
+
+def require_memory(path: Path, wanted_bytes: int) -> None:
+    """Raises: DataError if what ``path`` says it unpacks to is more than this machine's memory."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if wanted_bytes > total:
+        raise DataError(
+            f"{path} would unpack to {wanted_bytes / 2**30:.1f} GB, this machine has "
+            f"{total / 2**30:.1f} GB of memory: split it, or mend its header."
+        )
 
 
 def _owner_only(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _sync_folder(folder: Path) -> None:

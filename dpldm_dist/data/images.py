@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import itertools
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ import numpy as np
 from dpldm_dist.config import DatasetConfig
 from dpldm_dist.data.archives import tar_images, tar_paths
 from dpldm_dist.data.arrays import idx_images, idx_pairs, npz_images
-from dpldm_dist.data.files import read_file
+from dpldm_dist.data.files import opened, read_file
 from dpldm_dist.data.picture import SUFFIXES, SourceImage, decode_image
 from dpldm_dist.errors import ConfigError, DataError
 
@@ -100,16 +101,18 @@ def csv_images(path: Path) -> list[SourceImage]:
     Raises: DataError, naming the row.
     """
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with opened(path) as binary:
+            file = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
             reader = csv.DictReader(file, strict=True)
-            columns = set(reader.fieldnames or ())
-            if not {"file", "label"} <= columns:
+            columns = list(reader.fieldnames or ())
+            if not {"file", "label"} <= set(columns) or len(set(columns)) < len(columns):
                 raise DataError(
-                    f"{path} has columns {sorted(columns)}: expected file,label[,caption][,unit]."
+                    f"{path} has columns {str(columns)[:80]}: expected "
+                    "file,label[,caption][,unit], each once."
                 )
             return [_csv_image(path, row, number) for number, row in enumerate(reader, start=2)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is not a readable CSV: {error}.") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is not a readable CSV ({error}): make it again.") from None
 
 
 def _csv_image(path: Path, row: dict[str, str | None], number: int) -> SourceImage:
@@ -120,7 +123,9 @@ def _csv_image(path: Path, row: dict[str, str | None], number: int) -> SourceIma
         )
     inside = PurePosixPath(file)
     if inside.is_absolute() or ".." in inside.parts:
-        raise DataError(f"{path}, row {number}: file must be a path below the folder of the CSV.")
+        raise DataError(
+            f"{path}, row {number}: expected a file that lies below the folder of the CSV."
+        )
     image = path.parent / file
     return SourceImage(
         name=str(image),

@@ -11,7 +11,9 @@ Shapes: n records, m images of a record, V views (plain, mirrored), C, h, w of a
 from __future__ import annotations
 
 import json
+import math
 import mmap
+import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -21,14 +23,22 @@ from typing import Any
 
 import numpy as np
 
-from dpldm_dist.data.files import make_folder, read_file, write_file
-from dpldm_dist.data.manifest import Manifest, canonical_json, describe_files, verify_file
+from dpldm_dist.data.files import make_folder, opened, read_file, write_file
+from dpldm_dist.data.manifest import (
+    Manifest,
+    canonical_json,
+    describe_files,
+    texts,
+    verify_file,
+    whole_number,
+)
 from dpldm_dist.data.npy import npy_array, npy_bytes, npy_header
 from dpldm_dist.data.shards import Member, scan_tar, stream_items, write_tar
 from dpldm_dist.errors import DataError
 
 _OPEN_MAPS = 256  # shards mapped at a time: a map holds a file descriptor
 _COLUMNS = 3  # of the offset table, before the labels
+_MOST_NUMBERS = 2**32  # of a record: its bytes fit into a tar member, and no product overflows
 _HALF = np.dtype(np.float16)
 
 
@@ -266,8 +276,10 @@ class LatentShards:
     shard_records: records of each shard, which are private facts for private data.
 
     Formal guarantees: with ``verify``, a shard is used only after its size and sha256 and those of
-    its offset table were found to be the manifest's, and every offset was found in the tar. In any
-    case no offset leads out of the file or to bytes that are not an array of the stated shape.
+    its offset table were found to be the manifest's, and every offset was found in the tar; a shard
+    that is written or replaced later is verified again before it is used again. In any case no
+    offset leads out of the file or to bytes that are not an array of the stated shape, and no two
+    shards have the same content.
     Raises: DataError, naming the file.
     """
 
@@ -282,8 +294,10 @@ class LatentShards:
                 f"{self.folder} is not a folder of latent shards: encode again."
             ) from None
         self._tables: dict[int, np.ndarray] = {}
+        self._verified: dict[int, tuple[int, ...]] = {}  # which file it was
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
         self.manifest.verify(self.folder, contents=False)  # every shard is there and whole
+        self._refuse_repeated_shards()
 
     def records(self, shard: int, indices: np.ndarray) -> LatentRecords:
         """The records at places ``indices`` (n,) of one shard, in that order."""
@@ -297,6 +311,10 @@ class LatentShards:
             context = _gather(numbers, rows[:, 1], (self.images_per_record, *self.context_shape))
         moments = _gather(numbers, rows[:, 0], self._moments_shape)
         return LatentRecords(moments, rows[:, _COLUMNS:], rows[:, 2], context)
+
+    def count(self, shard: int) -> int:
+        """Records of one shard, counted in its offset table; it is verified if it was not yet."""
+        return len(self._table_of(shard))
 
     def gather(self, shards: np.ndarray, places: np.ndarray) -> LatentRecords:
         """The records at ``places`` (n,) of ``shards`` (n,), in that order."""
@@ -323,20 +341,33 @@ class LatentShards:
         )
 
     def _read_facts(self, facts: dict[str, Any]) -> None:
-        self.files = tuple(str(shard["file"]) for shard in facts["shards"])
-        self._indexes = tuple(str(shard["index"]) for shard in facts["shards"])
-        self.shard_records = tuple(int(shard["records"]) for shard in facts["shards"])
-        channels, height, width = (int(n) for n in facts["latent_shape"])
+        self.files = texts([shard["file"] for shard in facts["shards"]])
+        self._indexes = texts([shard["index"] for shard in facts["shards"]])
+        self.shard_records = tuple(whole_number(shard["records"]) for shard in facts["shards"])
+        channels, height, width = (whole_number(n, least=1) for n in facts["latent_shape"])
         self.latent_shape = (channels, height, width)
-        self.views, self.images_per_record = int(facts["views"]), int(facts["images_per_record"])
-        self.classes = tuple(str(name) for name in facts["classes"])
+        self.views = whole_number(facts["views"], least=1)
+        self.images_per_record = whole_number(facts["images_per_record"], least=1)
+        self.classes = texts(facts["classes"])
         context = facts["context_shape"]
-        tokens, dim = (0, 0) if context is None else (int(n) for n in context)
+        tokens, dim = (1, 1) if context is None else (whole_number(n, least=1) for n in context)
         self.context_shape = None if context is None else (tokens, dim)
         self._moments_shape = (self.images_per_record, self.views, 2 * channels, height, width)
-        sizes = (*self._moments_shape, *(self.context_shape or ()))
-        if min(sizes) < 1 or max(sizes) > 2**20 or min(self.shard_records, default=1) < 0:
+        largest = max(math.prod(self._moments_shape), self.images_per_record * tokens * dim)
+        names = (*self.files, *self._indexes)
+        if largest > _MOST_NUMBERS or len(set(names)) != len(names):
             raise ValueError
+        if whole_number(facts["records"], least=1) != sum(self.shard_records):
+            raise ValueError
+
+    def _refuse_repeated_shards(self) -> None:
+        """Every record once: its neighbour would differ in two records otherwise."""
+        contents = [self.manifest.file(name)["sha256"] for name in self.files]
+        if len(set(contents)) < len(contents):
+            raise DataError(
+                f"{self.folder} lists a shard twice, or a copy of it: its records would count "
+                "twice. Encode again."
+            )
 
     def _map_of(self, shard: int) -> np.ndarray:
         """The shard as float16 numbers out of a memory map; the least recently used is let go."""
@@ -345,9 +376,9 @@ class LatentShards:
             return self._maps[shard]
         path = self.folder / self.files[shard]
         try:
-            with open(path, "rb") as file:
+            with opened(path) as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError):
+        except ValueError:  # of no bytes
             raise DataError(f"{path} cannot be read: restore it, or encode again.") from None
         if len(mapped) != self.manifest.file(self.files[shard])["bytes"]:
             raise DataError(f"{path} changed its size while in use: restore it, or encode again.")
@@ -357,9 +388,13 @@ class LatentShards:
         return self._maps[shard]
 
     def _table_of(self, shard: int) -> np.ndarray:
-        """The offset table of a shard; the shard is verified when it is first asked for."""
-        if shard not in self._tables:
+        """The offset table of a shard, which is verified when it is first asked for, and again when
+        its file is not the one that was verified."""
+        now = _identity(self.folder / self.files[shard])
+        if self._verified.get(shard) != now:
+            self._maps.pop(shard, None)
             self._tables[shard] = self._checked_table(shard)
+            self._verified[shard] = now
         return self._tables[shard]
 
     def _checked_table(self, shard: int) -> np.ndarray:
@@ -393,6 +428,15 @@ class LatentShards:
         sound &= bool(((labels >= 0) & (labels < max(1, len(self.classes)))).all())
         if not sound:
             raise DataError(f"{index} holds offsets or labels that are out of range: encode again.")
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written or replaced. Raises: DataError if it is missing."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        raise DataError(f"{path} is missing: restore it, or encode again.") from None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def all_latents(folder: Path) -> LatentRecords:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from dpldm_dist import __version__
 from dpldm_dist.config import refuse_other_settings
@@ -23,6 +23,9 @@ from dpldm_dist.errors import DataError, RunError
 MANIFEST = "manifest.json"
 KINDS = ("images", "latents", "autoencoder", "model", "samples", "evaluation", "report")
 _MOST_BYTES = 1 << 30  # nobody's manifest is larger; bounds what a hostile file can make us read
+_FIELDS = {"kind", "facts", "files", "config", "parents"}
+_MOST_SHOWN = 80  # characters of a name that a hostile file gives
+Fact = TypeVar("Fact")
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,16 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     config: dict[str, Any] = field(default_factory=dict)
     parents: dict[str, str] = field(default_factory=dict)
+    place: str = field(default="their manifest", compare=False)
+    """Where it was read, for messages; no part of it."""
 
     @cached_property
     def digest(self) -> str:
         """sha256, in hex, of the canonical JSON of all fields."""
-        return hashlib.sha256(canonical_json(asdict(self))).hexdigest()
+        return hashlib.sha256(canonical_json(self._body())).hexdigest()
+
+    def _body(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _FIELDS}
 
     def write(self, folder: Path, *, private: bool = False) -> None:
         """Write ``folder/manifest.json``, whole or not at all. Raises: RunError, DataError."""
@@ -51,7 +59,7 @@ class Manifest:
             raise DataError(
                 f"A manifest of kind {self.kind!r}: expected one of {', '.join(KINDS)}."
             )
-        payload = canonical_json({**asdict(self), "sha256": self.digest}) + b"\n"
+        payload = canonical_json({**self._body(), "sha256": self.digest}) + b"\n"
         write_file(Path(folder) / MANIFEST, payload, private=private)
 
     @staticmethod
@@ -84,8 +92,20 @@ class Manifest:
     def file(self, name: str) -> dict[str, Any]:
         """``{"bytes", "sha256"}`` of a file. Raises: DataError if the manifest does not list it."""
         if name not in self.files:
-            raise DataError(f"{name} is not listed in the manifest of the {self.kind}.")
+            raise DataError(
+                f"{name[:_MOST_SHOWN]} is not listed in {self.place}: make the {self.kind} again."
+            )
         return self.files[name]
+
+    def fact(self, name: str, kind: type[Fact]) -> Fact:
+        """The fact ``name``, a value of exactly type ``kind``. Raises: DataError if it is none."""
+        value = self.facts.get(name)
+        if type(value) is not kind:
+            raise DataError(
+                f"No {name} of type {kind.__name__} stands in {self.place}: make the {self.kind} "
+                "again."
+            )
+        return value
 
 
 def finished_manifest(
@@ -136,9 +156,35 @@ def verify_file(path: Path, expected: dict[str, Any], *, contents: bool = True) 
             f"{path} is damaged: found a file of another size than its manifest names. Restore "
             "it, or make it again."
         )
-    if not contents:
-        return
-    if describe_file(path)["sha256"] != expected["sha256"]:
+    if contents:
+        _require_digest(path, str(describe_file(path)["sha256"]), expected)
+
+
+def read_verified(path: Path, expected: dict[str, Any]) -> bytes:
+    """All bytes of ``path``, which are those that were described. Raises: DataError as
+    :func:`verify_file` does."""
+    verify_file(path, expected, contents=False)
+    payload = read_file(path)
+    _require_digest(path, hashlib.sha256(payload).hexdigest(), expected)
+    return payload
+
+
+def whole_number(value: Any, *, least: int = 0, most: int = 2**40) -> int:
+    """``value`` if it is an integer in that range and no truth value. Raises: ValueError."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(value)
+    return value
+
+
+def texts(values: Any) -> tuple[str, ...]:
+    """``values`` if it is a list of texts. Raises: ValueError."""
+    if type(values) is not list or not all(type(value) is str for value in values):
+        raise ValueError(values)
+    return tuple(values)
+
+
+def _require_digest(path: Path, found: str, expected: dict[str, Any]) -> None:
+    if found != expected["sha256"]:
         raise DataError(
             f"{path} is damaged: its content is not what its manifest names. Restore it, or make "
             "it again."
@@ -149,14 +195,16 @@ def _parse(path: Path, payload: bytes) -> Manifest:
     try:
         tree = json.loads(payload)
         claimed = tree.pop("sha256")
-        manifest = Manifest(**tree)
+        if tree.keys() != _FIELDS:
+            raise KeyError
+        manifest = Manifest(**tree, place=str(path))
         sound = manifest.digest == claimed
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise DataError(f"{path} is not a manifest: restore it, or make it again.") from None
     if not sound:
         raise DataError(
-            f"{path} is damaged: expected sha256 {str(claimed)[:16]}.., "
-            f"found {manifest.digest[:16]}.. Restore it, or make it again."
+            f"{path} is damaged: its content is not what its own sha256 says. Restore it, or make "
+            "it again."
         )
     if not _well_formed(manifest):
         raise DataError(f"{path} is not a manifest of this package: make it again.")
@@ -165,12 +213,12 @@ def _parse(path: Path, payload: bytes) -> Manifest:
 
 def _well_formed(manifest: Manifest) -> bool:
     sections = (manifest.facts, manifest.files, manifest.config, manifest.parents)
-    if not isinstance(manifest.kind, str) or not all(isinstance(part, dict) for part in sections):
+    if manifest.kind not in KINDS or not all(isinstance(part, dict) for part in sections):
         return False
-    return all(
+    return all(isinstance(digest, str) for digest in manifest.parents.values()) and all(
         _stays_inside(name)
         and isinstance(entry, dict)
-        and isinstance(entry.get("bytes"), int)
+        and type(entry.get("bytes")) is int
         and isinstance(entry.get("sha256"), str)
         for name, entry in manifest.files.items()
     )
@@ -178,4 +226,5 @@ def _well_formed(manifest: Manifest) -> bool:
 
 def _stays_inside(name: str) -> bool:
     path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return inside and name.isprintable()  # a message with it stays one line

@@ -8,12 +8,14 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jinja2
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -76,6 +78,41 @@ def curve_svg(
     limit_label: str = "",
 ) -> str:
     """An SVG element with one curve and an optional horizontal limit, to stand inside a page."""
+    with _drawing(x, x_label, y_label) as (figure, axes):
+        axes.plot(x, y, color="#1f4e79", linewidth=1.8)
+        axes.fill_between(x, y, color="#1f4e79", alpha=0.08, linewidth=0)
+        if limit is not None:
+            axes.axhline(limit, color="#a33", linewidth=1, linestyle=(0, (4, 3)))
+            axes.annotate(
+                limit_label, (x[0], limit), xytext=(2, 3), textcoords="offset points", color="#a33"
+            )
+        axes.set_ylim(0, 1.18 * max([*y, limit or 0.0]))
+        return _svg(figure)
+
+
+def band_svg(
+    x: Sequence[float],
+    y: Sequence[float],
+    *,
+    low: Sequence[float],
+    high: Sequence[float],
+    x_label: str,
+    y_label: str,
+    from_zero: bool,
+) -> str:
+    """An SVG element with one curve and a band, around it or to compare it with."""
+    with _drawing(x, x_label, y_label) as (figure, axes):
+        axes.fill_between(x, low, high, color="#1f4e79", alpha=0.18, linewidth=0)
+        axes.plot(x, y, color="#1f4e79", linewidth=1.8)
+        bottom, top = min([*low, *y]), max([*high, *y])
+        room = 0.1 * (top - bottom)
+        axes.set_ylim(0.0 if from_zero else bottom - room, top + room or 1.0)
+        return _svg(figure)
+
+
+@contextmanager
+def _drawing(x: Sequence[float], x_label: str, y_label: str) -> Iterator[tuple[Figure, Axes]]:
+    """An empty plot over ``x`` that gives the same bytes each time."""
     style = {
         "svg.fonttype": "none",
         "font.family": "sans-serif",
@@ -85,20 +122,16 @@ def curve_svg(
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(8.4, 3.0), layout="constrained")
         axes = figure.add_subplot()
-        axes.plot(x, y, color="#1f4e79", linewidth=1.8)
-        axes.fill_between(x, y, color="#1f4e79", alpha=0.08, linewidth=0)
-        if limit is not None:
-            axes.axhline(limit, color="#a33", linewidth=1, linestyle=(0, (4, 3)))
-            axes.annotate(
-                limit_label, (x[0], limit), xytext=(2, 3), textcoords="offset points", color="#a33"
-            )
-        axes.set(xlabel=x_label, ylabel=y_label, xlim=(x[0], x[-1]))
-        axes.set_ylim(0, 1.18 * max([*y, limit or 0.0]))
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set_xlim(x[0], x[-1] if x[-1] > x[0] else x[0] + 1)
         axes.spines[["top", "right"]].set_visible(False)
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True
-        )
+        yield figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an element, without what differs from day to day."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = buffer.getvalue()
     text = re.sub(r'<metadata>.*?</metadata>| xmlns(:\w+)?="[^"]*"', "", text, flags=re.DOTALL)
     return text[text.index("<svg") :]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -24,8 +25,10 @@ from dpldm_dist.data.manifest import Manifest
 from dpldm_dist.data.npy import npy_array, npy_bytes
 from dpldm_dist.data.picture import DIGEST_BYTES, SourceImage, content_digest, square_image
 from dpldm_dist.data.shards import ImageRecord, ImageShards, write_image_shard
-from dpldm_dist.errors import DataError, RunError
+from dpldm_dist.errors import ConfigError, DataError, PrivacyError, RunError
 
+IMAGE = "image"
+"""The unit of records that hold one image each."""
 CONTENT = "content.npy"
 """File of the sorted content digests of all images, uint8 (N, 16)."""
 _SHUFFLE_SEED = 20240229
@@ -40,25 +43,84 @@ class PlannedRecord:
     images: tuple[SourceImage, ...]
 
 
+def require_units(images: Sequence[SourceImage], *, unit: str, source: str, private: bool) -> None:
+    """Refuse a source whose units are not what the word ``unit`` (``data.unit``) promises.
+
+    ``source`` names the data set for messages. Formal guarantees: if this returns for private data,
+    either ``unit`` is "image" and no image has a unit, or every image has one, and no two units are
+    the same but for case, blanks or Unicode form.
+    Raises: PrivacyError, ConfigError, or DataError naming images, not units.
+    """
+    without = next((image for image in images if not (image.unit or "").strip()), None)
+    with_unit = next((image for image in images if image.unit is not None), None)
+    if unit == IMAGE and with_unit is not None:
+        raise ConfigError(
+            f"{source} names a unit for its images ({with_unit.name}), data.unit is image: say "
+            "what the unit is (data.unit = patient, user, ...), or remove the column if every "
+            "image is to be a record of its own."
+        )
+    if unit != IMAGE and private and with_unit is None:
+        raise PrivacyError(
+            f"data.unit = {unit!r}, but {source} names no units: expected a column unit that says "
+            f"which {unit} an image belongs to. Add it, or set data.unit = image, which protects "
+            "single images only."
+        )
+    if with_unit is not None and without is not None:
+        raise DataError(
+            f"Image {without.name} has no unit and others have one: expected one for all or for "
+            "none. Name the unit of each."
+        )
+    _refuse_spellings(images)
+
+
+def _refuse_spellings(images: Sequence[SourceImage]) -> None:
+    """A unit that is spelled in two ways would be two records. Raises: DataError."""
+    first: dict[str, SourceImage] = {}
+    for image in images:
+        if image.unit is None:
+            continue
+        plain = " ".join(unicodedata.normalize("NFKC", image.unit).casefold().split())
+        other = first.setdefault(plain, image)
+        if other.unit != image.unit:
+            raise DataError(
+                f"The units of {other.name} and {image.name} differ in case, blanks or Unicode "
+                "form only: one unit that is spelled in two ways would be two records. Spell it "
+                "in one way, or give different units different names."
+            )
+
+
 def plan_records(images: Sequence[SourceImage], *, max_images_per_unit: int) -> list[PlannedRecord]:
     """Images grouped into records, in the order of the source.
 
     Formal guarantees: all images of a unit are in one record, at most ``max_images_per_unit`` of
-    them; which ones depends on that unit alone. Raises: DataError if only some images have a unit.
+    them; which ones depends on that unit alone. An image without a unit is one of its own.
     """
     units: dict[str, list[SourceImage]] = {}
     for number, image in enumerate(images):
         units.setdefault(
             f"number {number}" if image.unit is None else f"unit {image.unit}", []
         ).append(image)
-    if len({image.unit is None for image in images}) > 1:
-        raise DataError(
-            "Some images have a unit and some have none: expected a unit for all or for none."
-        )
     return [
         PlannedRecord(f"{number:08d}", tuple(_subset(name, members, max_images_per_unit)))
         for number, (name, members) in enumerate(units.items())
     ]
+
+
+def _refuse_spread_units(records: Sequence[PlannedRecord]) -> None:
+    """Each unit in one record, each record of one unit, whatever planned them.
+
+    Raises: PrivacyError.
+    """
+    owner: dict[str, str] = {}
+    for record in records:
+        units = {image.unit for image in record.images}
+        alone = len(units) == 1 and (None not in units or len(record.images) == 1)
+        if not alone or any(owner.setdefault(u, record.key) != record.key for u in units if u):
+            raise PrivacyError(
+                "A unit of the private data is spread over two records, or a record holds two "
+                "units: what it adds to a sum would not be bounded. This is a bug: please report "
+                "it."
+            )
 
 
 def _subset(unit: str, members: list[SourceImage], most: int) -> list[SourceImage]:
@@ -139,6 +201,7 @@ def write_image_set(
     Raises: DataError for an unreadable image (unless skipped), RunError if the disk is full.
     """
     records = plan_records(images, max_images_per_unit=data.max_images_per_unit)
+    _refuse_spread_units(records)
     numbers = {name: number for number, name in enumerate(classes)}
     captions = any(image.caption is not None for image in images)
     read = partial(_read_record, numbers=numbers, data=data, captions=captions)
@@ -181,7 +244,7 @@ def content_digests(folder: Path) -> set[bytes]:
         records = (record for shard in range(len(shards.files)) for record in shards.records(shard))
         return {content_digest(image) for record in records for image in record.images}
     manifest.verify(folder, [CONTENT])
-    shape = (int(manifest.facts["images"]), DIGEST_BYTES)
+    shape = (manifest.fact("images", int), DIGEST_BYTES)
     table = npy_array(read_file(folder / CONTENT), dtype=np.uint8, shape=shape, name=CONTENT)
     return {row.tobytes() for row in table}
 

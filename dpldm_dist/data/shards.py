@@ -22,8 +22,15 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import webdataset
 
-from dpldm_dist.data.files import new_file, read_file
-from dpldm_dist.data.manifest import Manifest, canonical_json, verify_file
+from dpldm_dist.data.files import new_file, opened
+from dpldm_dist.data.manifest import (
+    Manifest,
+    canonical_json,
+    read_verified,
+    texts,
+    verify_file,
+    whole_number,
+)
 from dpldm_dist.data.npy import npy_array, npy_bytes
 from dpldm_dist.errors import DataError
 
@@ -140,12 +147,17 @@ class ImageShards:
         self.manifest = Manifest.read(self.folder, "images")
         try:
             facts = self.manifest.facts
-            self.files = tuple(str(shard["file"]) for shard in facts["shards"])
-            self.shard_records = tuple(int(shard["records"]) for shard in facts["shards"])
-            self.classes = tuple(str(name) for name in facts["classes"])
-            self.size, self.channels = int(facts["size"]), int(facts["channels"])
-            self.images_per_record = int(facts["images_per_record"])
-            self.captions = bool(facts["captions"])
+            self.files = texts([shard["file"] for shard in facts["shards"]])
+            self.shard_records = tuple(whole_number(s["records"]) for s in facts["shards"])
+            self.classes = texts(facts["classes"])
+            self.size = whole_number(facts["size"], least=1, most=2**16)
+            self.channels = whole_number(facts["channels"], least=1, most=2**16)
+            self.images_per_record = whole_number(facts["images_per_record"], least=1)
+            self.captions = facts["captions"]
+            if type(self.captions) is not bool or len(set(self.files)) != len(self.files):
+                raise ValueError
+            if whole_number(facts["records"], least=1) != sum(self.shard_records):
+                raise ValueError
         except (KeyError, TypeError, ValueError):
             raise DataError(
                 f"{self.folder} is not a folder of image shards: prepare it again."
@@ -154,9 +166,7 @@ class ImageShards:
     def records(self, shard: int) -> list[ImageRecord]:
         """All records of a shard, in their order on disk."""
         name = self.files[shard]
-        path = self.folder / name
-        verify_file(path, self.manifest.file(name))
-        payload = read_file(path)
+        payload = read_verified(self.folder / name, self.manifest.file(name))
         records = [
             self._record(*parts, name) for parts in _pairs(payload, scan_tar(payload, name), name)
         ]
@@ -284,14 +294,14 @@ def stream_items(
     """
     verified: set[str] = set()
 
-    def opened(epoch: int) -> Iterator[dict[str, Any]]:
+    def streams(epoch: int) -> Iterator[dict[str, Any]]:
         order = list(names)
         random.Random(f"{seed}-{epoch}").shuffle(order)
         for name in order[rank::world_size] if len(names) >= world_size else order:
             if name not in verified:
                 verify_file(folder / name, manifest.file(name))
                 verified.add(name)
-            with open(folder / name, "rb") as stream:
+            with opened(folder / name) as stream:
                 yield {"url": name, "stream": stream}
 
     def mine(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -304,7 +314,7 @@ def stream_items(
 
     for epoch in itertools.count():
         pipeline = webdataset.DataPipeline(
-            lambda epoch=epoch: opened(epoch),
+            lambda epoch=epoch: streams(epoch),
             webdataset.tariterators.tar_file_expander,
             webdataset.tariterators.group_by_keys,
             mine,

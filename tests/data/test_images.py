@@ -91,6 +91,7 @@ def test_a_csv_gives_labels_captions_and_units(tmp_path):
     [
         ("file,class\na.png,1\n", "expected file,label"),
         ("", "expected file,label"),
+        ("file,label,label\na.png,1,2\n", "each once"),
         ("file,label\na.png,\n", "row 2"),
         ("file,label,unit\na.png,1,u\nb.png,1,\n", "row 3"),
         ("file,label\na.png,1,2,3\n", "row 2"),
@@ -202,6 +203,21 @@ def test_links_and_devices_in_a_tar_are_refused(tmp_path):
             tar.addfile(info)
         with pytest.raises(DataError, match="no plain file"):
             opened(tmp_path / "t.tar")
+
+
+@pytest.mark.parametrize("pattern", ["{000000..999999}{000000..999999}.tar", "{5..3}.tar"])
+def test_a_pattern_that_counts_without_end_is_refused(pattern):
+    with pytest.raises(DataError, match="expected"):
+        opened(pattern)
+
+
+def test_a_chain_of_headers_that_a_reader_would_follow_for_ever_is_refused(tmp_path):
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 1
+    block = header.tobuf(tarfile.GNU_FORMAT) + b"a" + bytes(511)
+    (tmp_path / "t.tar").write_bytes(block * 3000 + bytes(1024))
+    with pytest.raises(DataError, match=r"t\.tar is not a whole"):
+        opened(tmp_path / "t.tar")
 
 
 def test_pickles_in_a_tar_are_never_loaded(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import stat
 import tarfile
@@ -211,6 +212,27 @@ def test_a_shard_of_another_length_stops_at_the_start_with_its_name(copy, change
         LatentShards(copy)
 
 
+@pytest.mark.parametrize(
+    ("under_another_name", "said"),
+    [(False, "is not a folder of latent shards"), (True, "lists a shard twice, or a copy of it")],
+)
+def test_a_shard_that_is_listed_twice_is_refused(copy, under_another_name, said):
+    """Its records would count twice, and a neighbour would differ in two."""
+    old = Manifest.read(copy)
+    facts, files = dict(old.facts), dict(old.files)
+    first = dict(facts["shards"][0])
+    if under_another_name:
+        for kind, name in (("file", "latents-00009.tar"), ("index", "latents-00009.index.npy")):
+            shutil.copy(copy / first[kind], copy / name)
+            files[name] = files[first[kind]]
+            first[kind] = name
+    facts["shards"] = [*facts["shards"], first]
+    facts["records"] += first["records"]
+    Manifest(old.kind, facts, files, old.config, old.parents).write(copy)
+    with pytest.raises(DataError, match=said):
+        LatentShards(copy)
+
+
 def test_swapped_shards_are_noticed_when_first_touched(copy):
     a, b = copy / "latents-00000.tar", copy / "latents-00001.tar"
     first = a.read_bytes()
@@ -219,6 +241,31 @@ def test_swapped_shards_are_noticed_when_first_touched(copy):
     shards = LatentShards(copy)
     with pytest.raises(DataError, match=r"is damaged: its content is not what its manifest names"):
         shards.records(0, np.array([0]))
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "cut", "gone"])
+def test_a_shard_that_changes_during_the_run_is_noticed(copy, how):
+    shards, path = LatentShards(copy), copy / "latents-00000.tar"
+    before = shards.records(0, np.array([0])).moments
+    content = bytearray(path.read_bytes())
+    start = int(shards._tables[0][0, 0])
+    content[start] ^= 1
+    match how:
+        case "in place":
+            with open(path, "r+b") as file:
+                file.write(content)
+        case "replaced":
+            (copy / "new").write_bytes(content)
+            (copy / "new").rename(path)
+        case "cut":
+            os.truncate(path, 1024)
+        case "gone":
+            path.unlink()
+    with pytest.raises(DataError, match=r"latents-00000\.tar"):
+        shards.records(0, np.array([0]))
+    content[start] ^= 1
+    path.write_bytes(content)  # the file as it was is taken again
+    assert np.array_equal(shards.records(0, np.array([0])).moments, before)
 
 
 def everything(folder: Path) -> bytes:
@@ -388,6 +435,14 @@ def test_damaged_facts_of_a_record_are_refused(copy, facts):
         {"shards": 3},
         {"context_shape": [1]},
         {"images_per_record": 2**40},
+        {"images_per_record": True},
+        {"views": 2.0},
+        {"views": "2"},
+        {"latent_shape": [2**15, 2**15, 2**15]},
+        {"classes": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]},
+        {"shards": {}},
+        {"shards": []},
+        {"records": SHARDS * RECORDS + 1},
         {"classes": None},
     ],
 )

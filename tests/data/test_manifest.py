@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import stat
 import subprocess
 import sys
@@ -12,7 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpldm_dist.data.files import make_folder, new_file, write_file
+from dpldm_dist.data.files import (
+    describe_file,
+    make_folder,
+    new_file,
+    read_file,
+    require_memory,
+    write_file,
+)
 from dpldm_dist.data.manifest import MANIFEST, Manifest, describe_files
 from dpldm_dist.errors import DataError, RunError
 
@@ -95,6 +104,59 @@ def test_a_changed_missing_or_unlisted_file_is_named(folder):
         manifest.verify(folder, ["b.bin"])
     with pytest.raises(DataError, match="not listed"):
         manifest.verify(folder, ["c.bin"])
+
+
+@pytest.mark.parametrize("read", [read_file, describe_file])
+@pytest.mark.parametrize("which", ["pipe", "device", "folder", "socket", "loop", "zero byte"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path, read, which):
+    path = tmp_path / "f"
+    match which:
+        case "pipe":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "folder":
+            path.mkdir()
+        case "socket":
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(os.path.relpath(path))
+        case "loop":
+            path.symlink_to(path)
+        case "zero byte":
+            path = tmp_path / "a\0b"
+    with pytest.raises(DataError, match=r"remove|[Rr]estore|give") as caught:
+        read(path)
+    assert str(caught.value).isprintable()
+
+
+def test_a_file_that_unpacks_to_more_than_the_memory_is_refused():
+    require_memory(Path("small"), 1 << 20)
+    with pytest.raises(DataError, match="this machine has"):
+        require_memory(Path("bomb"), 1 << 50)
+
+
+def test_a_fact_has_the_type_that_is_asked_for(folder):
+    manifest = Manifest.read(folder, "images")
+    assert manifest.fact("records", int) == 2
+    for name, kind in (("records", str), ("records", bool), ("none", int)):
+        with pytest.raises(DataError, match=rf"No {name} of type .* {folder}.*again"):
+            manifest.fact(name, kind)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\0b", "a\u202eb", "a\x1b[2J"])
+def test_a_manifest_that_names_files_by_control_characters_is_refused(tmp_path, name):
+    Manifest("images", {}, {name: {"bytes": 1, "sha256": "0"}}).write(tmp_path)
+    with pytest.raises(DataError, match="not a manifest of this package"):
+        Manifest.read(tmp_path, "images")
+
+
+def test_a_manifest_with_a_field_more_or_less_is_refused(folder):
+    path = folder / MANIFEST
+    tree = json.loads(path.read_text())
+    for changed in ({**tree, "place": "x"}, {k: v for k, v in tree.items() if k != "config"}):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(DataError, match="is not a manifest"):
+            Manifest.read(folder)
 
 
 def test_a_failure_while_writing_leaves_the_old_file_and_nothing_beside_it(tmp_path):

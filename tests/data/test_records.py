@@ -21,6 +21,7 @@ from dpldm_dist.data.records import (
     content_digests,
     new_folder,
     plan_records,
+    require_units,
     shard_plan,
     write_image_set,
 )
@@ -112,8 +113,10 @@ def test_which_images_of_a_unit_are_kept_depends_on_that_unit_alone():
 
 def test_a_unit_of_the_same_name_as_a_number_is_no_image_without_unit():
     images = source(4, unit_of=lambda i: "0" if i else None)
-    with pytest.raises(DataError, match="for all or for none"):
-        plan_records(images, max_images_per_unit=2)
+    records = plan_records(images, max_images_per_unit=4)
+    assert [len(record.images) for record in records] == [1, 3]
+    with pytest.raises(DataError, match=r"0\.png has no unit and others have one"):
+        require_units(images, unit="person", source="data.private", private=True)
 
 
 def test_every_record_lies_in_one_shard_and_shards_are_even():
