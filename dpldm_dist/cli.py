@@ -18,21 +18,37 @@ from dpldm_dist.errors import DpldmError
 
 
 @dataclass(frozen=True)
+class Word:
+    """A positional argument of a sub-command. An optional one that is missing is None."""
+
+    name: str
+    help: str
+    choices: tuple[str, ...] | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True)
 class Command:
     """One sub-command: ``module:function``, what the help says, and where it runs.
 
     "here": in this process, which looks after the run directory itself if it needs one; "alone":
-    on one worker that holds the run directory; "workers": on all workers of the run.
+    on one worker that holds the run directory; "workers": on all workers of the run; "reader": in
+    this process, and needs no worker: it reads what others wrote.
+    ``words``: what may be said without an option; they reach the function by their names.
     """
 
     function: str
     summary: str
-    where: Literal["here", "alone", "workers"]
+    where: Literal["here", "alone", "workers", "reader"]
+    words: tuple[Word, ...] = ()
 
+
+SUBMITTED = ("demo", "prepare", "encode", "pretrain", "finetune", "sample", "evaluate", "report")
+SUBMITTED += ("audit", "check")
 
 COMMANDS = {
-    name: Command(f"dpldm_dist.{function}", summary, where)
-    for name, function, summary, where in (
+    name: Command(f"dpldm_dist.{function}", summary, where, tuple(words))
+    for name, function, summary, where, *words in (
         ("demo", "demo:demo", "the whole pipeline on real digits, in minutes", "here"),
         ("prepare", "stages.prepare:prepare", "images -> image shards", "alone"),
         ("encode", "stages.encode:encode", "image shards -> latent shards", "workers"),
@@ -42,7 +58,21 @@ COMMANDS = {
         ("evaluate", "stages.evaluate:evaluate", "scores against private images", "workers"),
         ("report", "stages.report:report", "the report that goes with a release", "alone"),
         ("plan", "stages.plan:plan", "what a config would cost; touches no data", "here"),
+        ("audit", "audit:audit", "attack the mechanism of a config on made-up data", "here"),
         ("check", "stages.check:check", "test the machine, the disk and the workers", "here"),
+        (
+            *("submit", "stages.submit:submit", "run a stage on a Ray cluster", "here"),
+            Word("what", "the stage to run there", choices=SUBMITTED),
+        ),
+        (
+            *("ledger", "stages.ledger:ledger", "what a ledger proves, from the file", "reader"),
+            Word("action", "show it, or only verify it", choices=("show", "verify")),
+            Word("file", "a ledger; without it: those of the config", optional=True),
+        ),
+        (
+            *("status", "stages.status:status", "where a run stands", "reader"),
+            Word("run", "run directory; without it: that of the config", optional=True),
+        ),
     )
 }
 
@@ -74,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, command in COMMANDS.items():
         stage = stages.add_parser(name, help=command.summary, description=command.summary)
+        for word in command.words:
+            stage.add_argument(
+                word.name,
+                help=word.help,
+                choices=word.choices,
+                nargs="?" if word.optional else None,
+            )
         stage.add_argument("--config", type=Path, metavar="FILE.toml", help="settings of the run")
         stage.add_argument(
             "--set",
@@ -94,23 +131,35 @@ def _run(options: argparse.Namespace) -> None:
     command = COMMANDS[options.stage]
     config = load_config(options.config, options.set)
     module = importlib.import_module(command.function.partition(":")[0])
+    words = {word.name: getattr(options, word.name) for word in command.words}
     if options.dry_run:
-        print("\n".join(module.describe(config)))
+        print("\n".join(module.describe(config, **words)))
         return
-    _perform(getattr(module, command.function.partition(":")[2]), config, where=command.where)
+    stage = getattr(module, command.function.partition(":")[2])
+    _perform(stage, config, words, where=command.where)
 
 
-def _perform(stage: Callable[..., Any], config: Any, *, where: str) -> None:
-    """Hold the run directory, show progress, and run the stage where it belongs."""
+def _perform(
+    stage: Callable[..., Any], config: Any, words: dict[str, str | None], *, where: str
+) -> None:
+    """Hold the run directory, show progress, heed signals, and run the stage where it belongs."""
+    if where == "reader":
+        stage(config, **words)
+        return
     from dpldm_dist.runtime.launch import Job, launch
     from dpldm_dist.runtime.rundir import RunDir
+    from dpldm_dist.runtime.stopping import stop_on_signals
     from dpldm_dist.runtime.tracking import show_progress
     from dpldm_dist.runtime.worker import solo_worker
 
     if where == "here":
-        stage(config, solo_worker())
+        stage(config, solo_worker(), **words)
         return
     run = RunDir(config.run.dir)
     alone = config.run.model_copy(update={"workers": 1, "launcher": "local"})
-    with run.create().lock(), show_progress(run.progress):
-        launch([Job(stage, config)], run=config.run if where == "workers" else alone)
+    with (
+        run.create().lock(),
+        stop_on_signals([run], grace_s=config.run.stop_grace_s),
+        show_progress(run.progress),
+    ):
+        launch([Job(stage, config, noted=True)], run=config.run if where == "workers" else alone)

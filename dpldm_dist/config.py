@@ -15,10 +15,11 @@ import tomllib
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -40,6 +41,13 @@ _LONGEST_NAME = 255  # bytes: what file systems take
 _MOST_SHOWN, _MOST_FAULTS = 60, 5  # characters of a refused value; refused values in a message
 # They change the order in which a terminal shows the text around them.
 _REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def _whole(value: Any) -> int:
+    """A literal number takes what is equal to it, true for 1 among them; this does not."""
+    if type(value) is not int:
+        raise ValueError("expected a whole number")
+    return value
 
 
 class _Section(BaseModel):
@@ -72,7 +80,7 @@ class DatasetConfig(_Section):
 class DataConfig(_Section):
     size: int = Field(32, ge=8, le=2048)
     """Height and width of the images in pixels."""
-    channels: Literal[1, 3] = 1
+    channels: Annotated[Literal[1, 3], BeforeValidator(_whole)] = 1
     """1: grey, 3: colour."""
     crop: Literal["center", "resize"] = "center"
     """How an image becomes square: the largest centred square, or squeezed to fit."""

@@ -16,10 +16,13 @@ import torch.distributed as dist
 from dpldm_dist.runtime.collective import GroupCollective, SoloCollective
 
 
-def on_workers(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def on_workers(
+    world_size: int, function: Callable[..., Any], *arguments: Any, limit_s: int = 120
+) -> list[Any]:
     """``function(collective, *arguments)`` on each of ``world_size`` processes; results by rank.
 
-    An exception of a process is returned in its place as ``(class name, message)``.
+    An exception of a process is returned in its place as ``(class name, message)``. No result
+    within ``limit_s`` is a failure.
     """
     if world_size == 1:
         return [_outcome(function, SoloCollective(), arguments)]
@@ -35,22 +38,22 @@ def on_workers(world_size: int, function: Callable[..., Any], *arguments: Any) -
         ]
         for worker in workers:
             worker.start()
-        found = dict(_next(results, workers) for _ in workers)
+        found = dict(_next(results, workers, limit_s) for _ in workers)
         for worker in workers:
             worker.join(timeout=60)
             assert worker.exitcode == 0
     return [found[rank] for rank in range(world_size)]
 
 
-def _next(results: Any, workers: list[Any]) -> tuple[int, Any]:
+def _next(results: Any, workers: list[Any], limit_s: int) -> tuple[int, Any]:
     """The next result; a process that died without one fails the test at once."""
-    for _ in range(1200):
+    for _ in range(10 * limit_s):
         try:
             return results.get(timeout=0.1)
         except queue.Empty:
             dead = [w.exitcode for w in workers if w.exitcode not in (None, 0)]
             assert not dead, f"a worker died with exit code {dead[0]}"
-    raise AssertionError("no result within 120 s")
+    raise AssertionError(f"no result within {limit_s} s")
 
 
 def _work(

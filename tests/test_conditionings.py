@@ -57,13 +57,13 @@ def test_a_captioned_model_learns_from_persons_and_draws_from_captions(tmp_path)
         "data": {
             "size": 16,
             "shard_records": 4,
+            "unit": "person",
             "max_images_per_unit": 2,
             "flips": True,
             "private": {"source": str(captioned_people(tmp_path / "people"))},
         },
         "model": {"init": str(model), "conditioning": "caption"},
         "finetune": {**PRIVATE["finetune"], "trainable": "lora", "lora_rank": 2},
-        "privacy": {**PRIVATE["privacy"], "unit": "person"},
         "sample": {**PRIVATE["sample"], "captions": str(tmp_path / "prompts.txt")},
         "run": {"dir": str(tmp_path / "run"), "device": "cpu", "microbatch": 4},
     }

@@ -8,7 +8,7 @@ import pytest
 
 from dpldm_dist import errors
 from dpldm_dist.cli import main
-from dpldm_dist.runtime.failures import CollateralError
+from dpldm_dist.runtime.failures import CollateralError, Preempted
 
 CODES = {
     errors.DpldmError: 1,
@@ -21,6 +21,7 @@ CODES = {
     errors.BringUpError: 70,
     errors.NodeLostError: 71,
     errors.SavedAndStopped: 75,
+    Preempted: 75,
 }
 
 
@@ -39,6 +40,14 @@ def test_every_class_survives_pickling_and_has_its_exit_code(kind):
     copy = pickle.loads(pickle.dumps(kind("found, expected, do")))
     assert type(copy) is kind and str(copy) == "found, expected, do"
     assert copy.exit_code == CODES[kind]
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_a_message_is_one_line_whatever_a_file_is_called(kind):
+    name = "a\nb\r\x1b[2Jc\u202ed\u2028e\x85é"
+    shown = str(kind(f"{name} is missing: restore it."))
+    assert shown.isprintable() and shown.endswith("é is missing: restore it.")
+    assert pickle.loads(pickle.dumps(kind(name))).args == (name,)
 
 
 @pytest.mark.parametrize(

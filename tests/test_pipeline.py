@@ -90,6 +90,7 @@ def dpldm(root: Path, stage: str, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "dpldm_dist", stage, "--config", str(root / "my.toml"), *more],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
+        umask=0,  # the least careful user: what is closed is closed by us
     )  # fmt: skip
 
 
@@ -161,8 +162,18 @@ def test_no_private_name_or_pixel_leaves_the_private_folder(root, shown):
     for where, content in texts.items():
         for canary in canaries:
             assert canary not in content, where
-    for path in [run.private, *run.private.rglob("*")]:
-        assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_nothing_below_the_private_folder_is_open_to_other_users(root, shown):
+    private = root / "run" / "private"
+    listed = subprocess.run(
+        ["find", str(private), "-perm", "/077"], capture_output=True, text=True, check=True
+    )
+    assert listed.stdout == ""
+    everything = [private, *private.rglob("*")]
+    assert len(everything) > 15  # there is something to close
+    for path in everything:
+        assert path.stat().st_mode & 0o777 in ((0o600, 0o700) if path.is_dir() else (0o600,)), path
 
 
 @pytest.mark.parametrize("stage", [*STAGES, "plan", "check", "demo"])

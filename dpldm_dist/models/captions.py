@@ -31,7 +31,7 @@ class CaptionEncoder(nn.Module):
                 text_encoder, local_files_only=True, use_safetensors=True
             )
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-                tokenizer, local_files_only=True
+                tokenizer, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
@@ -57,7 +57,7 @@ class CaptionEncoder(nn.Module):
 def _architecture(folder: Path) -> str:
     try:
         names = json.loads((folder / "config.json").read_text())["architectures"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise DataError(
             f"No text encoder at {folder}: captions need a model.init with text_encoder/ and "
             "tokenizer/. Set model.conditioning to class or none, or choose such a model."

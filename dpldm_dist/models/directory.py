@@ -251,7 +251,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except OSError:
         raise DataError(f"{path} is missing: expected a diffusers model directory.") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DataError(f"{path} is damaged: expected JSON.") from None
     if not isinstance(found, dict):
         raise DataError(f"{path} is damaged: expected a JSON object.")

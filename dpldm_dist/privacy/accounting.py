@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,10 +22,11 @@ from numbers import Integral, Real
 from typing import Literal
 
 import dp_accounting
+import numpy as np
 from dp_accounting.pld import privacy_loss_distribution as pld
 from dp_accounting.rdp import rdp_privacy_accountant as rdp
-from opacus.accountants import PRVAccountant
 from scipy.optimize import brentq
+from scipy.special import gammaln, logsumexp
 
 from dpldm_dist.errors import PrivacyError
 
@@ -33,6 +35,10 @@ Relation = Literal["add_or_remove_one", "replace_one"]
 LARGEST_NOISE_MULTIPLIER = 1e4  # no calibration looks further
 SMALLEST_NOISE_MULTIPLIER = 0.1  # nor below: no budget in use would allow it
 LARGEST_COUNT = 1_000_000
+# Beyond these the numbers mean nothing, and the accountants divide by zero or never end.
+LEAST_ACCOUNTED_NOISE, LARGEST_ACCOUNTED_NOISE = 1e-6, 1e6
+LEAST_SAMPLE_RATE = 2.0**-40  # coins know no smaller one
+LEAST_DELTA = 1e-30
 LARGEST_EPSILON = 5_000.0  # above, no accountant is asked: the answer is infinity
 _DECIMALS = 4  # of a calibrated noise multiplier
 # A calibration aims this share below its target. The pessimism left in an epsilon is smaller (see
@@ -59,8 +65,9 @@ class GaussianEvent:
 
     noise_multiplier: standard deviation of the noise over C. sample_rate: probability with which
     each record takes part, independently of all others (Poisson); 1.0: all take part.
-    Raises: PrivacyError unless noise_multiplier is positive and finite, 0 < sample_rate <= 1, and
-    count is a whole number from 0 to LARGEST_COUNT.
+    Raises: PrivacyError unless noise_multiplier is positive and from LEAST_ACCOUNTED_NOISE to
+    LARGEST_ACCOUNTED_NOISE, 0 < sample_rate <= 1 and not below LEAST_SAMPLE_RATE, and count is a
+    whole number from 0 to LARGEST_COUNT.
     """
 
     noise_multiplier: float
@@ -72,8 +79,15 @@ class GaussianEvent:
         rate = _finite("sample_rate", self.sample_rate)
         if not sigma > 0:
             raise PrivacyError(f"noise_multiplier = {sigma}: expected more than 0.")
+        if not LEAST_ACCOUNTED_NOISE <= sigma <= LARGEST_ACCOUNTED_NOISE:
+            raise PrivacyError(
+                f"noise_multiplier = {sigma}: expected from {LEAST_ACCOUNTED_NOISE} to "
+                f"{LARGEST_ACCOUNTED_NOISE:g}."
+            )
         if not 0 < rate <= 1:
             raise PrivacyError(f"sample_rate = {rate}: expected in (0, 1].")
+        if rate < LEAST_SAMPLE_RATE:
+            raise PrivacyError(f"sample_rate = {rate}: expected at least {LEAST_SAMPLE_RATE:g}.")
         object.__setattr__(self, "noise_multiplier", sigma)
         object.__setattr__(self, "sample_rate", rate)
         object.__setattr__(self, "count", _whole("count", self.count))
@@ -91,7 +105,8 @@ def epsilon(
     Formal guarantees: an upper bound. Privacy losses are rounded pessimistically to a grid whose
     interval is predicted so that the excess is about 2e-5 of epsilon, and is narrowed tenfold (down
     to 1e-5) while that changes epsilon by more than 0.5 % and 1e-4; the excess shrinks with the
-    square of the interval. Infinity where RDP already exceeds LARGEST_EPSILON. 0.0 for no events.
+    square of the interval. Infinity where RDP already exceeds LARGEST_EPSILON, and where the number
+    cannot be computed. 0.0 for no events.
     Raises: PrivacyError on input out of range, before any computation.
     """
     _check(events, delta, relation)
@@ -109,6 +124,26 @@ def epsilon(
         interval /= 10
         if converged or interval < _narrowest(groups):
             return found
+
+
+def delta_curve(
+    events: Sequence[GaussianEvent], epsilons: Sequence[float], *, delta: float
+) -> list[float]:
+    """Delta of all ``events`` together at each of ``epsilons``, adding or removing one record.
+
+    Formal guarantees: upper bounds, as in :func:`epsilon`, on a grid as fine as that for ``delta``.
+    Raises: PrivacyError on input out of range.
+    """
+    _check(events, delta, "add_or_remove_one")
+    for number in epsilons:
+        _finite("epsilon", number)
+    groups = _grouped(events)
+    if not groups:
+        return [0.0 for _ in epsilons]
+    rough = _rdp_epsilon(groups, delta, orders=_FEW_ORDERS)
+    interval = _loss_interval(groups, delta, min(rough, LARGEST_EPSILON))
+    total = _composition(groups, "add_or_remove_one", interval)
+    return [float(d) for d in total.get_delta_for_epsilon(list(epsilons))]
 
 
 def epsilon_rdp(events: Sequence[GaussianEvent], delta: float) -> float:
@@ -140,12 +175,14 @@ def epsilon_prv(events: Sequence[GaussianEvent], delta: float) -> float:
     width = 2 * (max(rough, _rdp_epsilon(groups, delta / 8e3 / total)) + 3)
     if width / mesh > _PRV_MOST_POINTS:
         return math.inf
+    from opacus.accountants import PRVAccountant  # here: it loads torch, which nothing else needs
+
     accountant = PRVAccountant()
     accountant.history = [(e.noise_multiplier, e.sample_rate, e.count) for e in groups]
     with _quiet():
         try:
             return max(0.0, float(accountant.get_epsilon(delta, eps_error=eps_error)))
-        except (ValueError, RuntimeError, FloatingPointError, OverflowError):
+        except (ArithmeticError, ValueError, RuntimeError, MemoryError):
             return math.inf
 
 
@@ -226,6 +263,35 @@ def epsilon_curve(
     return [epsilon([replace(event, count=n), *others], delta) for n in steps]
 
 
+def renyi_divergence(events: Sequence[GaussianEvent], order: int) -> float:
+    """Renyi divergence of whole ``order`` that ``events`` together cost, adding or removing one.
+
+    For one release, with sample rate q and noise multiplier s, it is
+    log(sum_k C(order, k) (1 - q)^(order - k) q^k exp(k (k - 1) / (2 s^2))) / (order - 1); those of
+    several releases add up, whatever each learns from those before it. Rounded up by a bound on the
+    errors of the sum.
+    Raises: PrivacyError on input out of range.
+    Source: Mironov et al. (2019), arXiv 1908.10530, sections 3.2 and 3.3.
+    """
+    _check(events, 0.5, "add_or_remove_one")
+    _check_order(order)
+    return math.fsum(
+        event.count * _renyi_of_one(event.noise_multiplier, event.sample_rate, order)
+        for event in events
+    )
+
+
+def renyi_budget(order: int, *, epsilon: float, delta: float) -> float:
+    """The largest Renyi divergence of ``order`` that is (epsilon, delta)-DP; may be negative.
+
+    Raises: PrivacyError on input out of range.
+    Source: Canonne, Kamath and Steinke (2020), arXiv 2004.00010, proposition 12.
+    """
+    _check((), delta, "add_or_remove_one")
+    _check_order(order)
+    return _budget(epsilon) - math.log1p(-1 / order) + math.log(order * delta) / (order - 1)
+
+
 _epsilon = epsilon  # under this name where a budget is called epsilon
 
 
@@ -263,6 +329,28 @@ def _bracket(
     return low, high
 
 
+@lru_cache(maxsize=1024)
+def _renyi_of_one(sigma: float, rate: float, order: int) -> float:
+    if rate == 1.0:
+        return order / (2 * sigma**2)
+    k = np.arange(order + 1)
+    parts = np.stack(
+        [
+            np.full(order + 1, gammaln(order + 1)),
+            -gammaln(k + 1),
+            -gammaln(order - k + 1),
+            (order - k) * math.log1p(-rate),
+            k * math.log(rate),
+            k * (k - 1) / (2 * sigma**2),  # log of the k-th moment of the likelihood ratio
+        ]
+    )
+    log_terms = parts.sum(0)
+    log_sum = float(logsumexp(log_terms))
+    sizes = np.abs(parts).sum(0) + abs(log_sum)
+    rounding = 8 * np.finfo(float).eps * float(np.exp(log_terms - log_sum) @ sizes)  # upwards
+    return (max(0.0, log_sum) + rounding) / (order - 1)
+
+
 def _grouped(events: Sequence[GaussianEvent]) -> tuple[GaussianEvent, ...]:
     """One event per distinct (noise multiplier, sample rate), in order, none of count 0."""
     counts: dict[tuple[float, float], int] = {}
@@ -276,11 +364,20 @@ def _grouped(events: Sequence[GaussianEvent]) -> tuple[GaussianEvent, ...]:
 def _pld_epsilon(
     groups: Sequence[GaussianEvent], delta: float, relation: str, interval: float
 ) -> float:
+    try:
+        return float(_composition(groups, relation, interval).get_epsilon_for_delta(delta))
+    except (ArithmeticError, ValueError, MemoryError):
+        return math.inf
+
+
+def _composition(
+    groups: Sequence[GaussianEvent], relation: str, interval: float
+) -> pld.PrivacyLossDistribution:
     total = None
     for event in groups:
         part = _composed_loss(event, relation, interval)
         total = part if total is None else total.compose(part)
-    return float(total.get_epsilon_for_delta(delta))
+    return total
 
 
 def _composed_loss(
@@ -362,6 +459,8 @@ def _check(events: Sequence[GaussianEvent], delta: float, relation: str) -> None
             raise PrivacyError(f"An event of type {type(event).__name__}: expected GaussianEvent.")
     if not 0 < _finite("delta", delta) < 1:
         raise PrivacyError(f"delta = {delta}: expected in (0, 1).")
+    if delta < LEAST_DELTA:
+        raise PrivacyError(f"delta = {delta}: expected at least {LEAST_DELTA}.")
     if relation not in _RELATIONS:
         raise PrivacyError(f"relation = {relation!r}: expected one of {', '.join(_RELATIONS)}.")
 
@@ -372,10 +471,18 @@ def _budget(epsilon: float) -> float:
     return float(epsilon)
 
 
+def _check_order(order: int) -> None:
+    if _whole("order", order) < 2:
+        raise PrivacyError(f"order = {order}: expected at least 2.")
+
+
 def _finite(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise PrivacyError(f"{name} = {value!r}: expected a finite number.")
-    return float(value)
+    try:
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise OverflowError
+        return float(value)
+    except OverflowError:  # of a whole number, too
+        raise PrivacyError(f"{name} = {_shown(value)}: expected a finite number.") from None
 
 
 def _whole(name: str, value: object) -> int:
@@ -384,5 +491,14 @@ def _whole(name: str, value: object) -> int:
         or not isinstance(value, Integral)
         or not 0 <= value <= LARGEST_COUNT
     ):
-        raise PrivacyError(f"{name} = {value!r}: expected a whole number up to {LARGEST_COUNT}.")
+        raise PrivacyError(
+            f"{name} = {_shown(value)}: expected a whole number up to {LARGEST_COUNT}."
+        )
     return int(value)
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)[:60]
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return f"a number of more than {sys.get_int_max_str_digits()} digits"

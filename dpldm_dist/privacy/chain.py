@@ -51,10 +51,10 @@ class Book(Protocol):
     sealed: bool
     """Whether nothing follows the last entry."""
 
-    def fault_of(self, body: dict[str, Any]) -> str:
+    def fault_of(self, body: Mapping[str, Any]) -> str:
         """Why ``body``, its fields of the right types, cannot come next; empty if it can."""
 
-    def take(self, body: dict[str, Any]) -> None:
+    def take(self, body: Mapping[str, Any]) -> None:
         """Count a checked entry."""
 
 
@@ -104,12 +104,12 @@ class Chain:
             raise self._damage("does not continue the chain: it or a line before it was changed")
         if expected != line + b"\n":
             raise self._damage("is not an entry in canonical JSON")
-        fault = self._fault_of(body)
+        fault = self.fault_of(body)
         if fault:
             raise self._damage(fault)
         self.take(body, digest, len(line) + 1)
 
-    def _fault_of(self, body: dict[str, Any]) -> str:
+    def fault_of(self, body: Mapping[str, Any]) -> str:
         """Why ``body`` cannot be the next entry; empty if it can."""
         kind, fields = body.get("kind"), self.book.fields.get(str(body.get("kind")))
         if fields is None:
@@ -190,11 +190,20 @@ class ChainFile:
         chain.torn_bytes, chain.unended = 0, False
 
     def append(self, body: Mapping[str, Any]) -> None:
-        """One entry, durable. Raises: RunError, and the entry does not count."""
+        """One entry, durable. Raises: RunError, and the entry does not count.
+
+        Nothing is written that a reader would refuse.
+        """
         chain = self.chain
         self.refuse_to_write(body["kind"])
         assert self._content is None, "mend the file before anything is appended"
         body = {"seq": len(chain.hashes), **body}
+        fault = chain.fault_of(body)
+        if fault:
+            raise RunError(
+                f"{chain.book.noun} in {chain.path.parent}: an entry that {fault} was not written. "
+                "This is a bug."
+            )
         line, digest = _line(body, chain.head[1])
         longest = _LONGEST_ENTRY if chain.hashes else _LONGEST_GENESIS
         if len(line) > longest:

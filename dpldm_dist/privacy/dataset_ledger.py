@@ -555,8 +555,8 @@ def _too_much(terms: Terms, asked: float, left: float, others: Sequence[Share]) 
     wait = f", or wait for the {open_runs} that are not finished" if open_runs else ""
     return (
         f"the run asks for {asked:.2%} of the budget (epsilon {terms.epsilon:g} at delta "
-        f"{terms.delta:g}), {left:.2%} is left beside {len(others)} run(s). Take fewer steps or "
-        f"more noise{wait}"
+        f"{terms.delta:g}), {left:.2%} is left beside {len(others)} other run(s). Take fewer steps "
+        f"or more noise{wait}"
     )
 
 

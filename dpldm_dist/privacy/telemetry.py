@@ -176,7 +176,7 @@ class TelemetryQuery:
         )
 
     def usual_records(self, total: float, *, steps: int) -> float:
-        """The expected number of records of a step, from the ``total`` of ``steps`` noisy counts."""
+        """The expected records of a step, from the ``total`` of ``steps`` noisy counts."""
         spread = self.spread_of_records + self._variances[1]
         prior = spread / (_DECLARED_WITHIN * self.expected_records) ** 2
         return (prior * self.expected_records + total) / (prior + steps)
@@ -218,6 +218,13 @@ class TelemetryHistory:
         loss, count, clipped = (math.fsum(column) / len(last) for column in zip(*last, strict=True))
         usual = self.query.usual_records(self._records[steps], steps=steps)
         return self.query.telemetry((loss, count, clipped), steps=len(last), usual_records=usual)
+
+    def fall_of_loss(self) -> float:
+        """How far the loss fell from the first steps to the last, in standard errors: what a run
+        does that learns. Needs two steps."""
+        window = min(WINDOW, len(self._sums) // 2)
+        first, last = self.over(window, steps=window).loss.value, self.over(window).loss.value
+        return (first - last) / (self.query.errors.loss * math.sqrt(2.0 / window))
 
     def state(self) -> Tensor:
         """Everything that ``load`` needs, float64 (steps, 3)."""

@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from dpldm_dist.errors import ConfigError, PrivacyError, RunError
 
 KEY_BYTES = 32
 LEAST_FREE_BYTES = 200 * 2**20
+_HELD = (errno.EWOULDBLOCK, errno.EACCES)
+_TRIES, _LOOK_S = 5, 0.02  # a look by `holder` is over long before
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,16 @@ class RunDir:
         return self.release / "gaussian.safetensors"
 
     @property
+    def telemetry(self) -> Path:
+        """Released curves of private training: loss with error bars, signal beside noise."""
+        return self.release / "telemetry.json"
+
+    @property
+    def diagnostics(self) -> Path:
+        """Raw private values per step, where ``run.unsafe_diagnostics`` asks for them."""
+        return self.private / "diagnostics"
+
+    @property
     def released_model(self) -> Path:
         return self.release / "model"
 
@@ -124,6 +137,20 @@ class RunDir:
         finally:
             os.close(descriptor)
 
+    def holder(self) -> str | None:
+        """Which process holds the directory now, in words; None if nobody does."""
+        try:
+            descriptor = os.open(self.root / ".lock", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return _holder(descriptor) if error.errno in _HELD else None
+        finally:
+            os.close(descriptor)
+        return None
+
     def run_key(self, test_key_hex: str | None = None) -> bytes:
         """The run's secret, 32 bytes: read from ``private/key``, or drawn from the system once.
 
@@ -136,6 +163,21 @@ class RunDir:
         if not self.key.exists():
             _make_key(self.key)
         return _read_key(self.key)
+
+    def destroy_key(self) -> None:
+        """Overwrite and remove ``private/key``: no noise of the run can be made again. Twice is
+        fine. (A disk or a snapshot may keep older copies of a file; that is beyond a program.)"""
+        if not self.key.exists():
+            return
+        try:
+            with open(self.key, "r+b") as file:
+                file.write(bytes(KEY_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+            self.key.unlink()
+            fsync_folder(self.key.parent)
+        except OSError as error:
+            raise RunError(f"Cannot remove the key {self.key}: {error.strerror}.") from None
 
     def share(self) -> None:
         """Give ``public/`` and ``release/`` the permissions that the user's umask allows.
@@ -165,6 +207,43 @@ def dataset_dir(
     if which == "public":
         return run.public / what
     return run.private / (what if which == "private" else f"heldout-{what}")
+
+
+def closed_dataset_dir(
+    config: Config,
+    which: Literal["public", "private", "heldout"],
+    what: Literal["images", "latents"],
+) -> Path:
+    """:func:`dataset_dir` to read from: what is private in it is closed to other users.
+
+    Raises: PrivacyError, naming the first file that is not, unless ``data.allow_shared_files``.
+    """
+    folder = dataset_dir(config, which, what)
+    if which != "public" and not config.data.allow_shared_files:
+        refuse_shared_files(folder)
+    return folder
+
+
+def refuse_shared_files(folder: Path) -> None:
+    """Raises: PrivacyError if another user may use ``folder`` or anything in it."""
+    for path in (folder, *sorted(folder.rglob("*"))):
+        try:
+            mode = stat.S_IMODE(path.stat().st_mode)
+        except OSError:  # missing, or a link to nowhere: whoever reads it says so
+            continue
+        if mode & 0o077:
+            raise PrivacyError(
+                f"Other users may use {path} (mode {mode:04o}), which holds private data: give "
+                f"`chmod -R go= {folder}`, or set data.allow_shared_files=true if they may."
+            )
+
+
+def dataset_budget_file(config: Config) -> Path:
+    """The file of the budget that all runs on the private images share, if they share one."""
+    configured = config.privacy.dataset_ledger if config.privacy is not None else None
+    if configured is not None:
+        return configured.expanduser().absolute()
+    return dataset_dir(config, "private", "latents").parent / "budget.jsonl"
 
 
 @contextmanager
@@ -198,9 +277,13 @@ def fsync_folder(folder: Path) -> None:
 
 def _take(descriptor: int, root: Path) -> None:
     try:
+        for _ in range(_TRIES):
+            with suppress(BlockingIOError):
+                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            time.sleep(_LOOK_S)  # somebody may just have asked who holds it
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+        if error.errno not in _HELD:
             raise RunError(
                 f"The file system of {root} does not lock files ({error.strerror}), so two runs "
                 "could spend one budget twice: set run.dir to a file system with flock."
@@ -250,7 +333,7 @@ def _make_key(path: Path) -> None:
 
 def _read_key(path: Path) -> bytes:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise PrivacyError(f"Cannot read the key {path}: {error.strerror}.") from None
     with os.fdopen(descriptor, "rb") as file:

@@ -54,6 +54,7 @@ SIGNAL = {
     "signal/noise_alone_high": "two standard errors above that",
     "signal/walk_ratio": "walk over noise alone: 1 is pure noise",
     "signal/step_ratio": "length of one noisy gradient over that of its noise: 1 is pure noise",
+    "signal/alignment": "agreement of steps with those before, in standard errors of pure noise",
 }
 SCALARS = {
     "privacy/epsilon": "spent so far, from the ledger",
@@ -112,6 +113,7 @@ LAYOUT = {
         ],
         "walk and noise alone": ["Multiline", ["signal/walk$", "signal/noise_alone$"]],
         "ratio (1 is pure noise)": ["Multiline", ["signal/walk_ratio", "signal/step_ratio"]],
+        "agreement of steps (pure noise stays within 5)": ["Multiline", ["signal/alignment"]],
     },
     "Speed": {"per second": ["Multiline", ["speed/.*"]]},
 }

@@ -33,7 +33,7 @@ from dpldm_dist.models.classifier import SmallClassifier, predict, train_classif
 from dpldm_dist.models.directory import load_autoencoder
 from dpldm_dist.models.extractors import load_efficientnet, load_inception
 from dpldm_dist.models.pixels import to_uint8, to_unit_range
-from dpldm_dist.runtime.rundir import RunDir, dataset_dir
+from dpldm_dist.runtime.rundir import RunDir, closed_dataset_dir, dataset_dir
 from dpldm_dist.runtime.tracking import Progress
 from dpldm_dist.runtime.worker import Worker, solo_worker
 
@@ -54,9 +54,10 @@ def evaluate(config: Config, worker: Worker) -> Manifest:
     run, samples = RunDir(config.run.dir), _samples_folder(config)
     folder = run.private / "evaluation"
     settings = {"evaluate": _settings(config)}
+    heldout = closed_dataset_dir(config, "heldout", "images")
     parents = {
         "samples": Manifest.read(samples, "samples").digest,
-        "held-out images": Manifest.read(dataset_dir(config, "heldout", "images"), "images").digest,
+        "held-out images": Manifest.read(heldout, "images").digest,
     }
     for name, other in config.evaluate.compare.items():
         parents[name] = Manifest.read(other, "samples").digest
@@ -223,7 +224,7 @@ class _AsItIs(nn.Module):
 
 
 def _heldout(config: Config) -> _Heldout:
-    folder = dataset_dir(config, "heldout", "images")
+    folder = closed_dataset_dir(config, "heldout", "images")
     images, labels = read_images(folder)
     if len(labels) < 8:
         raise DataError(f"{folder} holds too few images to judge by: expected at least 8.")
@@ -363,7 +364,7 @@ def _samples_folder(config: Config) -> Path:
 def _matching_samples(config: Config, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """The samples, whose classes must be those of the held-out images. Raises: DataError."""
     expected = ImageShards(dataset_dir(config, "heldout", "images")).classes
-    found = tuple(Manifest.read(folder, "samples").facts["classes"])
+    found = tuple(Manifest.read(folder, "samples").fact("classes", list))
     if found != expected:
         raise DataError(
             f"The samples at {folder} have {len(found)} classes {_some(found)}, the held-out "
@@ -376,10 +377,10 @@ def _ceilings(
     config: Config, samples: Path, worker: Worker
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Real training images, as many as samples are scored, and the same through the autoencoder."""
-    folder = dataset_dir(config, "private", "images")
+    folder = closed_dataset_dir(config, "private", "images")
     if not (folder / "manifest.json").is_file():
         return {}
-    count = min(Manifest.read(samples, "samples").facts["images"], config.evaluate.images)
+    count = min(Manifest.read(samples, "samples").fact("images", int), config.evaluate.images)
     images, labels = read_images(folder)
     rows = np.random.default_rng(1).permutation(len(labels))[:count]
     sets = {REAL: (images[rows], labels[rows])}
@@ -404,10 +405,10 @@ def round_trip(
 
 def _read_pngs(folder: Path, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
     names = sorted((n for n in manifest.files if n.startswith("png/")), key=lambda n: Path(n).stem)
-    if len(names) != manifest.facts["images"]:
+    if len(names) != manifest.fact("images", int):
         raise DataError(f"{folder} lists {len(names)} PNG files, not all its images: sample again.")
     manifest.verify(folder, names)
-    folders = {name: label for label, name in enumerate(manifest.facts["classes"])}
+    folders = {name: label for label, name in enumerate(manifest.fact("classes", list))}
     folders |= {f"class-{label:05d}": label for label in range(len(folders))}
     images, labels = [], []
     for name in names:

@@ -84,7 +84,9 @@ def _verify(found: dict[Path, Ledger]) -> None:
     runs = {path: s for path, s in found.items() if isinstance(s, LedgerSummary)}
     sets = {path: s for path, s in found.items() if isinstance(s, DatasetSummary)}
     for path, run in runs.items():
-        if run.claim and run.epsilon > run.budget:
+        if not run.claim:  # it has no part in any budget
+            continue
+        if run.epsilon > run.budget:
             raise PrivacyError(
                 f"Ledger {path} accounts for epsilon {run.epsilon:.6f}: expected at most its "
                 f"budget, {run.budget}. Do not release anything of this run."
@@ -128,6 +130,8 @@ def _verify_share(path: Path, run: LedgerSummary, place: Path, whole: DatasetSum
 def _verdict(summary: Ledger) -> str:
     if isinstance(summary, DatasetSummary):
         return f"{summary.left:.2%} of the budget left"
+    if not summary.claim:
+        return "no privacy claim"
     return f"epsilon {_number(summary.epsilon)} of {summary.budget:g} at delta {summary.delta:g}"
 
 
@@ -136,10 +140,12 @@ def _run_rows(run: LedgerSummary) -> Rows:
     rows = [
         ("run", run.run_id),
         ("budget", f"epsilon {run.budget:g} at delta {run.delta:g}"),
-        ("epsilon spent, PLD (number of record)", _number(run.epsilon)),
     ]
-    if run.claim:
+    if not run.claim:
+        rows.append(("epsilon spent", "none can be stated: the run has no privacy claim"))
+    else:
         rows += [
+            ("epsilon spent, PLD (number of record)", _number(run.epsilon)),
             ("the same by PRV (cross-check)", _number(epsilon_prv(run.events, delta))),
             ("the same by RDP (cross-check, looser)", _number(epsilon_rdp(run.events, delta))),
         ]
@@ -197,7 +203,7 @@ def _event(event: GaussianEvent) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.6f}" if math.isfinite(value) else "no claim, or outside its range"
+    return f"{value:.6f}" if math.isfinite(value) else "outside its range"
 
 
 def _print(title: str, rows: Rows) -> None:

@@ -27,14 +27,23 @@ from dpldm_dist.privacy.accounting import (
     epsilon_prv,
     epsilon_rdp,
 )
+from dpldm_dist.privacy.dataset_ledger import (
+    Answer,
+    DatasetSummary,
+    Share,
+    read_dataset_ledger,
+)
+from dpldm_dist.privacy.ledger import read_ledger
 from dpldm_dist.privacy.plan import PrivacyPlan
+from dpldm_dist.privacy.telemetry import LOSS_BOUND
+from dpldm_dist.runtime.rundir import RunDir, dataset_budget_file
 from dpldm_dist.runtime.worker import Worker
-from dpldm_dist.stages.mechanism import plan_of, require_sections
+from dpldm_dist.stages.mechanism import plan_of, request_of, require_sections, telemetry_query
 
 POINTS = 5  # of the curve, besides the start and the reserve
 # A trainable parameter beside the model itself: integer sum and its noise (8 bytes each), gradient,
-# two moments of Adam, average (4 bytes each).
-_BYTES_PER_PARAMETER = 8 + 8 + 4 + 2 * 4 + 4
+# two moments of Adam, average, sum of all steps and of the last ones (4 bytes each).
+_BYTES_PER_PARAMETER = 8 + 8 + 4 + 2 * 4 + 4 + 2 * 4
 
 Rows = Sequence[tuple[str, str]]
 
@@ -58,7 +67,8 @@ class Cost:
 def plan(config: Config, worker: Worker) -> Manifest | None:
     """Print the mechanism that ``config`` describes and what it costs. Writes nothing: None.
 
-    Formal guarantees: touches no data; the number of records is the declared one.
+    Formal guarantees: touches no data; the number of records is the declared one. Where the data
+    set has a budget for all its runs, that file is read.
     Raises: ConfigError if ``privacy.records`` is not set; PrivacyError if the budget cannot be met.
     """
     mechanism = mechanism_of(config)
@@ -73,6 +83,7 @@ def plan(config: Config, worker: Worker) -> Manifest | None:
     _show(console, "Epsilon along the run", _curve_rows(mechanism))
     if mechanism.statistics_events:
         _show(console, "The release of latent statistics", _statistics_rows(mechanism))
+    _show_dataset_budget(console, config, mechanism)
     _show(console, "Memory of the private step", _memory_rows(config))
     if not cost.agree:
         console.print("The accountants disagree: report this config as a bug, and do not run it.")
@@ -81,7 +92,9 @@ def plan(config: Config, worker: Worker) -> Manifest | None:
 
 def describe(config: Config) -> list[str]:
     """What ``plan`` would do, for --dry-run."""
-    return ["reads   the config only", "prints  noise, epsilon along the run and memory"]
+    lines = ["reads   the config only", "prints  noise, epsilon along the run and memory"]
+    path = dataset_budget_file(config)
+    return [*lines, f"reads   {path} (the budget of the data set)"] if path.exists() else lines
 
 
 def mechanism_of(config: Config) -> PrivacyPlan:
@@ -148,7 +161,17 @@ def _mechanism_rows(config: Config, mechanism: PrivacyPlan) -> Rows:
         ("noise multiplier", f"{mechanism.noise_multiplier:.4f} ({calibrated})"),
         ("clip norm", f"{mechanism.clip_norm:g}"),
         ("draws per record (free)", f"{mechanism.draws}"),
+        ("training loss of a step is known to", _telemetry_error(config, mechanism)),
     ]
+
+
+def _telemetry_error(config: Config, mechanism: PrivacyPlan) -> str:
+    query = telemetry_query(config, mechanism, parameters=trainable_parameters(config) or 1)
+    if query is None:
+        return "not released"
+    share = mechanism.telemetry_share
+    noise = (1.0 - share) ** -0.5 - 1.0
+    return f"± {2 * query.errors.loss:.2g} of 0 to {LOSS_BOUND:g} (for {noise:.1%} more noise)"
 
 
 def _cost_rows(mechanism: PrivacyPlan, cost: Cost) -> Rows:
@@ -196,6 +219,54 @@ def _statistics_rows(mechanism: PrivacyPlan) -> Rows:
     )
     rows.append(("noise of the steps without it", f"{least:.4f} for the same epsilon"))
     return rows
+
+
+def _show_dataset_budget(
+    console: rich.console.Console, config: Config, mechanism: PrivacyPlan
+) -> None:
+    """What is left of the budget that all runs share, and whether a new run of this config is let
+    in. Nothing where there is none."""
+    path, request = dataset_budget_file(config), request_of(mechanism)
+    numbers = config.privacy.dataset_epsilon, config.privacy.dataset_delta
+    if path.exists():
+        whole = read_dataset_ledger(path)
+    elif None not in numbers:
+        whole = DatasetSummary.before_the_first_run(*numbers, request)
+    else:
+        return
+    terms, given = whole.terms, whole.answer(request)
+    refusal = given.refusal
+    if numbers not in ((None, None), (terms.epsilon, terms.delta)):
+        refusal = "the config names another budget than the file. Leave it out, or restore it"
+    rows = [
+        ("for all runs together", f"epsilon {terms.epsilon:g} at delta {terms.delta:g}"),
+        ("runs so far", f"{len(whole.shares)}, {sum(s.settled for s in whole.shares)} finished"),
+        ("left", f"{whole.left:.2%}"),
+        ("a new run of this config", _answer_in_words(given, refused=bool(refusal))),
+    ]
+    if not given.alone and given.asked > 0:
+        rows.append(("such runs that still fit", f"{int(given.left / given.asked)}"))
+    own = _own_share(config, whole)
+    if own is not None:
+        rows.append(("the run in run.dir holds", f"{terms.cost(own.events):.2%}"))
+    _show(console, "The budget that all runs on the private data share", rows)
+    console.print(f"Its file: {path}", soft_wrap=True)
+    if refusal:
+        console.print(f"A new run would be refused: {refusal}.", soft_wrap=True)
+
+
+def _answer_in_words(given: Answer, *, refused: bool) -> str:
+    if refused:
+        return f"asks for {given.asked:.2%}: refused"
+    if given.alone:
+        return "admitted, as the only one for ever"
+    return f"asks for {given.asked:.2%}: admitted"
+
+
+def _own_share(config: Config, whole: DatasetSummary) -> Share | None:
+    """What the run in ``run.dir`` has reserved, if it has started."""
+    path = RunDir(config.run.dir).ledger
+    return whole.share_of(read_ledger(path).run_id) if path.exists() else None
 
 
 def _memory_rows(config: Config) -> Rows:

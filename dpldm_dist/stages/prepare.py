@@ -13,9 +13,17 @@ from dpldm_dist.data.files import make_folder, write_file
 from dpldm_dist.data.images import class_order, open_source
 from dpldm_dist.data.manifest import MANIFEST, Manifest, describe_files
 from dpldm_dist.data.picture import SourceImage
-from dpldm_dist.data.records import CONTENT, ImageSet, content_digests, new_folder, write_image_set
+from dpldm_dist.data.records import (
+    CONTENT,
+    IMAGE,
+    ImageSet,
+    content_digests,
+    new_folder,
+    require_units,
+    write_image_set,
+)
 from dpldm_dist.errors import ConfigError, DataError, DpldmError, PrivacyError, RunError
-from dpldm_dist.runtime.rundir import RunDir, dataset_dir
+from dpldm_dist.runtime.rundir import RunDir, closed_dataset_dir, dataset_dir
 from dpldm_dist.runtime.tracking import Progress
 from dpldm_dist.runtime.worker import Worker
 
@@ -30,7 +38,8 @@ def prepare(config: Config, worker: Worker) -> Manifest:
     alone; one that was made with other settings is refused. A data set appears whole or not at all.
 
     Formal guarantees: no image of the public data has the content of a private one, and no held-out
-    image that of one trained on; all images of a unit lie in one record.
+    image that of one trained on; all images of a unit lie in one record, and records are of the
+    unit that the config names.
     Raises: ConfigError, DataError, PrivacyError, RunError, the same on every worker.
     """
     sets = _with_source(config)
@@ -65,9 +74,8 @@ def describe(config: Config) -> list[str]:
         return ["nothing to prepare: no data set has a source"]
     kind = "grey" if data.channels == 1 else "colour"
     lines.append(f"makes   {kind} images of {data.size} x {data.size} pixels (crop: {data.crop})")
-    lines.append(
-        f"records of at most {data.max_images_per_unit} image(s), {data.shard_records} per shard"
-    )
+    holds = f" of at most {data.max_images_per_unit} image(s)" if data.unit != IMAGE else ""
+    lines.append(f"one private record per {data.unit}{holds}, {data.shard_records} per shard")
     return lines
 
 
@@ -81,7 +89,7 @@ def _dataset(config: Config, which: Which) -> DatasetConfig:
 
 
 def _prepare_one(which: Which, config: Config, progress: Progress) -> None:
-    folder = dataset_dir(config, which, "images")
+    folder = closed_dataset_dir(config, which, "images")
     settings = _settings(config, which)
     if _finished(folder, settings):
         print(f"{_WORDS[which]} images: finished before, in {folder}", flush=True)
@@ -89,6 +97,7 @@ def _prepare_one(which: Which, config: Config, progress: Progress) -> None:
     private = which != "public"
     progress.start(f"preparing {_WORDS[which]} images", 100)  # per cent: the count may be private
     images = open_source(_dataset(config, which))
+    require_units(images, unit=config.data.unit, source=f"data.{which}", private=private)
     classes = _classes(which, config, images)
     with new_folder(folder, private=private) as place:
         written = write_image_set(
@@ -119,6 +128,7 @@ def _settings(config: Config, which: Which) -> dict[str, Any]:
         "crop",
         "on_bad_image",
         "on_duplicates",
+        "unit",
         "max_images_per_unit",
         "shard_records",
     )
@@ -175,7 +185,7 @@ def _classes(which: Which, config: Config, images: list[SourceImage]) -> tuple[s
 def _private_classes(config: Config) -> tuple[str, ...] | None:
     folder = dataset_dir(config, "private", "images")
     if (folder / MANIFEST).is_file():
-        return tuple(Manifest.read(folder, "images").facts["classes"])
+        return tuple(Manifest.read(folder, "images").fact("classes", list))
     return config.data.private.classes
 
 
@@ -203,7 +213,7 @@ def _refuse_overlap(which: Which, config: Config, written: ImageSet) -> None:
     mine = set(written.digests)
     others: list[Which] = [other for other in get_args(Which) if other != which]
     for other in others:
-        folder = dataset_dir(config, other, "images")
+        folder = closed_dataset_dir(config, other, "images")
         if not (folder / MANIFEST).is_file():
             continue
         _require_same_form(config, folder)
@@ -256,12 +266,12 @@ def _manifest(
     facts = {
         "records": sum(int(shard["records"]) for shard in written.shards),
         "images": len(written.digests),
-        "images_per_record": config.data.max_images_per_unit,
+        "images_per_record": 1 if images[0].unit is None else config.data.max_images_per_unit,
         "classes": list(classes),
         "size": config.data.size,
         "channels": config.data.channels,
         "captions": any(image.caption is not None for image in images),
-        "units": images[0].unit is not None,
+        "unit": IMAGE if images[0].unit is None else config.data.unit,
         "duplicates": duplicates,
         "skipped": written.skipped,
         "shards": written.shards,

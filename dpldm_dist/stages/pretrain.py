@@ -84,7 +84,7 @@ def describe(config: Config) -> list[str]:
         f"reads   {dataset_dir(config, 'public', 'latents')} (public latents)",
         f"writes  {run.public_model}",
         f"trains  {config.pretrain.steps} steps of {config.pretrain.batch} latents on "
-        f"{config.run.workers} worker(s)",
+        f"{config.run.crew} worker(s)",
     ]
 
 

@@ -6,6 +6,7 @@ ledger, and of that it shows what the guarantee is made of: charges, attempts, t
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 from dataclasses import dataclass, fields
@@ -17,16 +18,16 @@ from dpldm_dist import __version__
 from dpldm_dist.config import Config
 from dpldm_dist.data.files import make_folder, read_file, write_file
 from dpldm_dist.data.manifest import Manifest, describe_files
-from dpldm_dist.data.pages import curve_svg, data_uri, render
+from dpldm_dist.data.pages import band_svg, curve_svg, data_uri, render
 from dpldm_dist.errors import DataError, PrivacyError
 from dpldm_dist.privacy.accounting import GaussianEvent, epsilon, epsilon_curve
 from dpldm_dist.privacy.ledger import LedgerSummary, read_ledger
+from dpldm_dist.privacy.signal import MOST_OF_NOISE
 from dpldm_dist.runtime.rundir import RunDir
 from dpldm_dist.runtime.worker import Worker
 
 PAGE = "report.html"
 CURVE_POINTS = 24
-PRIVATE_PARENT = "private latents (commitment)"
 SHARED_WITH_LEDGER = (
     "claim",
     "delta",
@@ -38,6 +39,7 @@ SHARED_WITH_LEDGER = (
     "noise_multiplier",
     "statistics_noise",
     "clip_norm",
+    "telemetry_share",
 )
 PACKAGES = ("torch", "diffusers", "numpy", "safetensors", "cryptography", "dp-accounting", "opacus")
 
@@ -47,6 +49,7 @@ class ModelFacts:
     """What the manifest of a released model must say."""
 
     claim: bool
+    unsafe: list[str]
     epsilon: float | None
     epsilon_budget: float
     delta: float
@@ -60,6 +63,7 @@ class ModelFacts:
     noise_multiplier: float
     statistics_noise: float | None
     clip_norm: float
+    telemetry_share: float
     draws: int
     lanes: int
     batch_cap: int
@@ -114,7 +118,7 @@ def _make(run: RunDir) -> None:
     facts = model_facts(model, run.release)
     model.verify(run.release)
     samples = _samples(run, model)
-    ledger = _ledger(run, model, facts) if facts.claim else None
+    ledger = _ledger(run, facts) if facts.claim else None
     parents = {"model": model.digest}
     parents |= {"samples": samples.digest} if samples else {}
     parents |= {"ledger": str(ledger.head[1])} if ledger else {}
@@ -149,16 +153,16 @@ def _samples(run: RunDir, model: Manifest) -> Manifest | None:
     return samples
 
 
-def _plan_of(model: Manifest, facts: ModelFacts) -> dict[str, Any]:
-    """What the genesis of the ledger of this release says."""
-    plan = {name: getattr(facts, name) for name in SHARED_WITH_LEDGER}
-    return plan | {"epsilon": facts.epsilon_budget, "data": model.parents.get(PRIVATE_PARENT)}
-
-
-def _ledger(run: RunDir, model: Manifest, facts: ModelFacts) -> LedgerSummary:
+def _ledger(run: RunDir, facts: ModelFacts) -> LedgerSummary:
     """The ledger, read from its file, if it covers the release. Raises: PrivacyError if not."""
     ledger = read_ledger(run.ledger)
-    for name, released in _plan_of(model, facts).items():
+    if not ledger.contains(facts.ledger_head):
+        raise PrivacyError(
+            f"{run.ledger} lacks the entry that the release names: this is not the whole ledger of "
+            "the release. Restore it."
+        )
+    plan = {name: getattr(facts, name) for name in SHARED_WITH_LEDGER}
+    for name, released in (plan | {"epsilon": facts.epsilon_budget}).items():
         if ledger.plan.get(name) != released:
             raise PrivacyError(
                 f"{run.ledger} was opened for another {name} than the release was made with: this "
@@ -196,6 +200,7 @@ def _values(
     values: dict[str, Any] = {
         "version": __version__,
         "claim": facts.claim,
+        "unsafe": facts.unsafe,
         "unit": facts.unit,
         "mechanism": _mechanism(facts),
         "grid": None,
@@ -211,7 +216,7 @@ def _values(
         values["parents"]["released samples"] = samples.digest
         values["files"] |= _sample_files(samples)
     if ledger is not None:
-        values |= _claimed(facts, ledger, samples)
+        values |= _claimed(facts, ledger, samples) | {"training": _training(run, model)}
     return values
 
 
@@ -262,7 +267,8 @@ def _released(facts: ModelFacts, samples: Manifest | None) -> list[str]:
     lines = [
         f"the model: {facts.parameters:,} parameters learned from private data out of "
         f"{facts.parameters_all:,}; the others come from public data",
-        "its training curves (TensorBoard), which show public quantities only",
+        "its training curves (TensorBoard, telemetry.json), which show public quantities and noisy "
+        "sums only",
         "this report and the manifests in the release directory",
     ]
     if facts.statistics_noise is not None:
@@ -316,6 +322,7 @@ def _mechanism(facts: ModelFacts) -> dict[str, str]:
         "noise multiplier σ (noise has standard deviation σ·C)": _number(facts.noise_multiplier),
         "noise multiplier of the statistics release": _number(facts.statistics_noise)
         or "no such release",
+        "share of C² for loss, count and clip flag in the same sum": f"{facts.telemetry_share:.2%}",
         "draws of time, noise and view per record (K)": str(facts.draws),
         "trainable parameters": (
             f"{facts.parameters:,} of {facts.parameters_all:,} ({facts.trainable})"
@@ -374,6 +381,52 @@ def _curve(facts: ModelFacts, ledger: LedgerSummary, delta: float) -> str:
         y_label="ε",
         limit=facts.epsilon_budget,
         limit_label=f"budget {_number(facts.epsilon_budget)}",
+    )
+
+
+def _training(run: RunDir, model: Manifest) -> dict[str, str]:
+    """Loss and signal along the run, from the released file of noisy sums; nothing without it."""
+    if run.telemetry.name not in model.files:
+        return {}
+    curves = json.loads(read_file(run.telemetry))
+    rows = curves["rows"]
+    found = {} if curves["signal"] is None else {"in_words": curves["signal"]}
+    if rows and "loss" in rows[0]:
+        found["window"] = str(curves["window"])
+        edges = [(row["loss_low"], row["loss_high"]) for row in rows]
+        found["loss"] = _band(rows, "loss", edges, "training loss", from_zero=True)
+    if rows and "walk" in rows[0]:
+        edges = [
+            (
+                row["noise_alone_low"] / row["noise_alone"],
+                row["noise_alone_high"] / row["noise_alone"],
+            )
+            for row in rows
+        ]
+        found["walk"] = _band(
+            rows, "walk_ratio", edges, "length over that of noise", from_zero=False
+        )
+        edges = [(-MOST_OF_NOISE, MOST_OF_NOISE)] * len(rows)
+        found["alignment"] = _band(rows, "alignment", edges, "standard errors", from_zero=False)
+    return found
+
+
+def _band(
+    rows: list[dict[str, float]],
+    name: str,
+    edges: list[tuple[float, float]],
+    label: str,
+    *,
+    from_zero: bool,
+) -> str:
+    return band_svg(
+        [row["step"] for row in rows],
+        [row[name] for row in rows],
+        low=[low for low, _ in edges],
+        high=[high for _, high in edges],
+        x_label="noisy steps",
+        y_label=label,
+        from_zero=from_zero,
     )
 
 

@@ -99,7 +99,7 @@ def describe(config: Config) -> list[str]:
     return [
         f"reads   {places.model} (model directory)",
         f"writes  {places.out} ({', '.join(settings.formats)}, samples.png, manifest.json)",
-        f"runs    {settings.count} images in chunks of {settings.batch} on {config.run.workers} "
+        f"runs    {settings.count} images in chunks of {settings.batch} on {config.run.crew} "
         f"worker(s), {settings.steps} DDIM steps, eta {settings.eta}, "
         f"guidance {settings.guidance_scale}",
         "costs   no privacy: samples are post-processing of the released weights",

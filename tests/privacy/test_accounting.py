@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import math
-import time
+import os
+import re
+import signal
+from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from dpldm_dist.cli import COMMANDS
+from dpldm_dist.config import Config
 from dpldm_dist.errors import PrivacyError
 from dpldm_dist.privacy.accounting import (
     LARGEST_NOISE_MULTIPLIER,
@@ -22,21 +30,39 @@ from dpldm_dist.privacy.accounting import (
     epsilon_rdp,
 )
 
-# (sample rate, steps, noise multiplier, delta) -> epsilon: settings of DP-LDM's experiments and
-# edges, by dp-accounting's PLD on a fixed grid of 3e-5 or finer (not the grid `epsilon` picks).
+# (sample rate, steps, noise multiplier, delta) -> epsilon, by dp-accounting's PLD on a fixed grid of
+# 1e-5 (not the grid that `epsilon` picks): 20 settings of the paper's experiments and around them.
 GOLDEN = {
-    (0.04, 750, 0.858, 1e-5): 9.98541,
-    (0.04, 750, 0.8578, 1e-5): 9.99053,
-    (0.04, 750, 4.243, 1e-5): 0.98969,
-    (0.1, 100, 3.98, 1e-5): 0.98866,
-    (0.0125, 4000, 3.477, 1e-6): 0.98898,
-    (0.05, 1400, 1.245, 1e-6): 9.98916,
-    (1 / 30, 6000, 1.47, 1e-5): 10.00887,
-    (0.0127, 3950, 0.839, 1e-6): 7.92216,
-    (0.0094, 106, 0.4275, 1e-5): 9.96837,
-    (0.2, 1000, 23.87, 1e-5): 0.98971,
+    # DP-LDM's configs: CIFAR-10, batch 2000 of 50,000, 30 epochs, for epsilon 10, 5 and 1
+    (0.04, 750, 0.858, 1e-5): 9.985410,
+    (0.04, 750, 1.232, 1e-5): 4.986709,
+    (0.04, 750, 4.243, 1e-5): 0.989687,
+    # MNIST, batch 2000 of 60,000, 200 epochs, for epsilon 10 and 1
+    (1 / 30, 6000, 1.472, 1e-5): 9.987913,
+    (1 / 30, 6000, 9.775, 1e-5): 0.989149,
+    # CelebA at 32 pixels, batch 2048, for epsilon 1; at 64 pixels, batch 8192, 70 epochs, for 10
+    (0.0125, 4000, 3.477, 1e-6): 0.988971,
+    (0.05, 1400, 1.245, 1e-6): 9.989161,
+    # CelebA-HQ with captions, batch 256 of about 27,000 and 24,000, for epsilon 10
+    (0.0094, 106, 0.4275, 1e-5): 9.968374,
+    (256 / 24_000, 940, 0.552, 1e-5): 9.989113,
+    # the size of ImageNet at epsilon 8, and CIFAR-10 in 100 large steps at epsilon 1
+    (0.0127, 3950, 0.839, 1e-6): 7.922158,
+    (0.1, 100, 3.98, 1e-5): 0.988665,
+    # CIFAR-10 with longer training and larger batches (2,000, 5,000 and 10,000 of 50,000)
+    (0.04, 1250, 0.9806, 1e-5): 9.990086,
+    (0.1, 500, 1.339, 1e-5): 9.986454,
+    (0.2, 250, 1.763, 1e-5): 9.990117,
+    (0.2, 1000, 3.263, 1e-5): 9.987154,
+    (0.2, 1000, 23.87, 1e-5): 0.989711,
+    # the demo's size: batches of 512 and 1024 of 4,000 digits, for epsilon 10 and 1
+    (0.128, 60, 0.836, 1e-5): 10.005684,
+    (0.128, 60, 3.946, 1e-5): 0.999678,
+    (0.256, 120, 1.604, 1e-5): 9.992556,
+    (0.256, 60, 7.590, 1e-5): 0.999395,
 }
 AGREEMENT = {"rel": 0.005, "abs": 0.005}  # asked of two accountants that work differently
+PACKAGE = Path(__file__).parents[2] / "dpldm_dist"
 
 
 def golden_event(setting):
@@ -114,9 +140,39 @@ def test_one_subsampled_step_costs_what_its_own_pair_of_distributions_says(
 def test_pld_agrees_with_its_golden_value_and_with_two_other_accountants(setting):
     event, delta = golden_event(setting)
     found = epsilon([event], delta)
+    # the excess that `epsilon` promises on its own, coarser grid is 2e-5 of epsilon
     assert found == pytest.approx(GOLDEN[setting], rel=1e-4)
-    assert epsilon_prv([event], delta) == pytest.approx(found, **AGREEMENT)
+    assert abs(epsilon_prv([event], delta) - found) <= 0.005 * found + 0.005
     assert found < epsilon_rdp([event], delta) < 1.25 * found
+
+
+def test_twenty_settings_are_compared():
+    assert len(GOLDEN) == 20
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_the_central_limit_accountant_is_never_offered(path):
+    """It stays up to 30 % below the truth. No name, option or text but a docstring may hold it."""
+    tree = ast.parse(path.read_text())
+    docstrings = {
+        node.body[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
+    }
+    for node in ast.walk(tree):
+        names = [node.value] if isinstance(node, ast.Constant) and node not in docstrings else []
+        names += [getattr(node, field, "") for field in ("id", "attr", "name", "arg", "module")]
+        for name in names:
+            assert not re.search(r"gdp|clt|GaussianAccountant", str(name)), name
+
+
+def test_no_option_chooses_the_accountant():
+    options = json.dumps(Config.model_json_schema()) + json.dumps(list(COMMANDS))
+    assert "epsilon" in options
+    for word in ("gdp", "prv", "rdp", "accountant"):
+        assert word not in options.lower()
 
 
 def test_replace_one_is_its_own_number():
@@ -180,12 +236,27 @@ def test_nothing_released_costs_nothing():
         assert accountant([GaussianEvent(1.0, 0.5, count=0)], 1e-5) == 0.0
 
 
-def test_hopeless_noise_costs_infinity_at_once():
-    started = time.perf_counter()
-    for event in (GaussianEvent(1e-3, 0.5), GaussianEvent(0.05, 0.001, 1_000_000)):
-        assert epsilon([event], 1e-5) == math.inf
-        assert epsilon_prv([event], 1e-5) == math.inf
-    assert time.perf_counter() - started < 10  # a hang, not a benchmark
+@pytest.mark.parametrize(
+    "event",
+    [
+        GaussianEvent(1e-6, 0.5),
+        GaussianEvent(1e-3, 0.5),
+        GaussianEvent(0.05, 0.001, 1_000_000),
+        GaussianEvent(0.01, 1.0, 1_000_000),
+    ],
+    ids=str,
+)
+def test_hopeless_noise_costs_infinity_at_once(event):
+    for accountant in (epsilon, epsilon_prv):
+        assert in_a_process_of_one_second(lambda: accountant([event], 1e-5)) == "inf"  # noqa: B023
+
+
+@pytest.mark.parametrize("delta", [1e-30, 1 - 1e-16])
+@pytest.mark.parametrize("rate", [2.0**-40, 1 - 1e-16, 1.0])
+@pytest.mark.parametrize("sigma", [1e-6, 1.0, 1e6])
+def test_the_ends_of_every_range_get_a_number_that_is_no_less_than_zero(sigma, rate, delta):
+    for accountant in (epsilon, epsilon_rdp):
+        assert accountant([GaussianEvent(sigma, rate)], delta) >= 0.0
 
 
 # --- calibration ------------------------------------------------------------------------------
@@ -263,45 +334,85 @@ def test_the_curve_rises_to_the_whole_cost():
 
 # --- hostile input ----------------------------------------------------------------------------
 
-NOT_NUMBERS = [math.nan, math.inf, -math.inf, "1", None, True, 1j]
+NOT_NUMBERS = [math.nan, math.inf, -math.inf, "1", None, True, 1j, 10**400, [1.0], np.bool_(True)]
 
 
-def refused_quickly(match, function, *arguments, **options):
-    started = time.perf_counter()
-    with pytest.raises(PrivacyError, match=match) as caught:
-        function(*arguments, **options)
-    assert time.perf_counter() - started < 1.0
-    assert "\n" not in str(caught.value)
+def refused(match, function, *arguments, **options):
+    """In one line, and before a second of processor time is over: a process of its own is killed by
+    the kernel then, wherever it hangs."""
+    outcome = in_a_process_of_one_second(lambda: function(*arguments, **options))
+    assert outcome.startswith("PrivacyError: "), outcome
+    assert re.search(match, outcome) and outcome.isprintable()
 
 
-@pytest.mark.parametrize("value", [*NOT_NUMBERS, 0.0, -1.0], ids=repr)
+def in_a_process_of_one_second(call):
+    """What came of ``call`` in a forked process: its result or error as a text, or "killed"."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            signal.signal(signal.SIGVTALRM, signal.SIG_DFL)  # ends the process, also within C
+            signal.setitimer(signal.ITIMER_VIRTUAL, 1.0)
+            text = repr(call())
+        except BaseException as error:
+            text = f"{type(error).__name__}: {error}"
+        os.write(writing, text.encode()[:4000])
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        text = pipe.read().decode()
+    ended = os.waitpid(process, 0)[1]
+    return "killed" if os.WIFSIGNALED(ended) else text
+
+
+def test_an_accountant_that_hangs_is_killed_and_seen(monkeypatch):
+    def spin():
+        while True:
+            pass
+
+    assert in_a_process_of_one_second(spin) == "killed"
+    assert in_a_process_of_one_second(lambda: 3) == "3"
+    monkeypatch.setattr(GaussianEvent, "__post_init__", lambda self: None)  # a check forgotten
+    with pytest.raises(AssertionError):
+        refused("noise", lambda: epsilon_rdp([GaussianEvent(math.nan, 0.5, 10)], 1e-5))
+
+
+def name_of(value):
+    return repr(value)[:12]
+
+
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, 0.0, -0.0, -1.0, 5e-324, 1e-9, 1e9], ids=name_of)
 def test_noise_that_is_none_is_refused(value):
-    refused_quickly("noise_multiplier", GaussianEvent, value, 0.5)
+    refused("noise_multiplier", GaussianEvent, value, 0.5)
 
 
-@pytest.mark.parametrize("value", [*NOT_NUMBERS, 0.0, -0.1, 1.5], ids=repr)
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, 0.0, -0.1, 1.5, 5e-324, 1 + 1e-9], ids=name_of)
 def test_a_rate_that_is_no_probability_is_refused(value):
-    refused_quickly("sample_rate", GaussianEvent, 1.0, value)
+    refused("sample_rate", GaussianEvent, 1.0, value)
 
 
-@pytest.mark.parametrize("value", [*NOT_NUMBERS, -1, 1.5, 10**7], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [*NOT_NUMBERS, -1, 1.5, 10**7, 10**5000],
+    ids=lambda v: "long" if type(v) is int else name_of(v),
+)
 def test_a_count_that_is_no_count_is_refused(value):
-    refused_quickly("count", GaussianEvent, 1.0, 0.5, value)
+    refused("count", GaussianEvent, 1.0, 0.5, value)
 
 
-@pytest.mark.parametrize("value", [*NOT_NUMBERS, 0.0, 1.0, -1e-5, 2.0], ids=repr)
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, 0.0, 1.0, -1e-5, 2.0, 5e-324], ids=name_of)
 @pytest.mark.parametrize("accountant", [epsilon, epsilon_rdp, epsilon_prv])
 def test_a_delta_out_of_range_is_refused(accountant, value):
-    refused_quickly("delta", accountant, [GaussianEvent(1.0, 0.5)], value)
+    refused("delta", accountant, [GaussianEvent(1.0, 0.5)], value)
 
 
-@pytest.mark.parametrize("value", [*NOT_NUMBERS, 0.0, -1.0], ids=repr)
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, 0.0, -1.0], ids=name_of)
 def test_a_budget_that_is_none_is_refused(value):
     event = GaussianEvent(1.0, 0.5)
-    refused_quickly(
+    refused(
         "epsilon", calibrate_noise_multiplier, epsilon=value, delta=1e-5, sample_rate=0.1, steps=10
     )
-    refused_quickly("epsilon", affordable_steps, event, spent=(), epsilon=value, delta=1e-5)
+    refused("epsilon", affordable_steps, event, spent=(), epsilon=value, delta=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -309,14 +420,14 @@ def test_a_budget_that_is_none_is_refused(value):
 )
 def test_a_calibration_out_of_range_is_refused(option, value):
     good = {"epsilon": 1.0, "delta": 1e-5, "sample_rate": 0.1, "steps": 10}
-    refused_quickly(option, calibrate_noise_multiplier, **{**good, option: value})
+    refused(option, calibrate_noise_multiplier, **{**good, option: value})
 
 
 def test_an_unknown_relation_or_event_is_refused():
-    refused_quickly("relation", epsilon, [GaussianEvent(1.0, 0.5)], 1e-5, relation="gdp")
-    refused_quickly("expected GaussianEvent", epsilon, [(1.0, 0.5, 1)], 1e-5)
+    refused("relation", epsilon, [GaussianEvent(1.0, 0.5)], 1e-5, relation="gdp")
+    refused("expected GaussianEvent", epsilon, [(1.0, 0.5, 1)], 1e-5)
 
 
 def test_more_releases_than_can_be_counted_are_refused():
     many = [GaussianEvent(1.0, 0.5, 10**6), GaussianEvent(1.0, 0.5, 1)]
-    refused_quickly("count", epsilon, many, 1e-5)
+    refused("count", epsilon, many, 1e-5)

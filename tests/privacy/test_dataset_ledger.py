@@ -39,7 +39,7 @@ EPSILON, DELTA = 2.0, 1e-5
 BUDGET = (EPSILON, DELTA)
 STEP = GaussianEvent(20.0, 1.0)  # not subsampled: its accounting takes no time
 STATISTICS = GaussianEvent(30.0, 1.0)
-PLAN = {"epsilon": 50.0, "delta": 1e-5}  # of the runs: never what stops them here
+PLAN = {"epsilon": 4.0, "delta": 1e-5}  # of the runs: never what stops them here
 LINEAGE = {"key": "5e", "data": "c0"}
 
 
@@ -107,6 +107,14 @@ def test_a_divergence_next_to_nothing_is_rounded_up():
     assert renyi_divergence([GaussianEvent(sigma, rate)], 2) >= rate**2 / sigma**2
 
 
+@pytest.mark.parametrize("order", [1, 0, -2, 2.5, True, "4", math.nan])
+def test_an_order_that_cannot_be_is_refused(order):
+    with pytest.raises(PrivacyError, match="order"):
+        renyi_divergence([STEP], order)
+    with pytest.raises(PrivacyError, match="order"):
+        renyi_budget(order, epsilon=1.0, delta=1e-5)
+
+
 @pytest.mark.parametrize("order", [3, 7, 64])
 def test_the_budget_of_an_order_is_the_inverse_of_the_known_conversion(order):
     budget = renyi_budget(order, epsilon=9.0, delta=1e-6)
@@ -158,7 +166,12 @@ def test_a_refusal_says_what_is_left_what_was_asked_and_what_to_do(shared, tmp_p
     asked, left = summary.terms.cost(request_for(500).events), summary.left
     with pytest.raises(PrivacyError) as caught:
         start(tmp_path / "b" / "ledger", reservation(shared, 500))
-    for part in (f"asks for {asked:.2%}", f"{left:.2%} is left", "1 run(s)", "Take fewer steps"):
+    for part in (
+        f"asks for {asked:.2%}",
+        f"{left:.2%} is left",
+        "1 other run(s)",
+        "Take fewer steps",
+    ):
         assert part in str(caught.value)
     assert "wait for the 1 that are not finished" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -558,7 +571,7 @@ def share_on_workers(collective, path, shared):
     ledger.open_attempt(LINEAGE, workers=collective.world_size)
     told = [ledger.charge(STEP, "step", 0)]
     try:
-        ledger.charge(replace(STEP, count=10_000), "step", 1)
+        ledger.charge(replace(STEP, count=150), "step", 1)
     except BudgetReached as error:
         told.append(str(error))
     ledger.close()
@@ -680,13 +693,13 @@ def test_a_crash_while_the_budget_is_made_leaves_nothing_in_the_way(shared, tmp_
 # --- the promise ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_whatever_runs_do_all_they_spent_is_within_the_budget(shared, tmp_path, seed):
     """Random runs, crashes, new attempts, other sums and seals; then all ledgers are added up."""
     random_ = random.Random(seed)
     kinds = GaussianEvent(18.0, 1.0), GaussianEvent(25.0, 1.0)
     refused = 0
-    for number in range(60):
+    for number in range(30):
         path = tmp_path / str(random_.randrange(6)) / "ledger"
         event = kinds[int(path.parent.name) % 2]
         try:

@@ -489,6 +489,27 @@ def test_one_bad_draw_takes_out_its_record_and_no_other(kind, bad):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_record_whose_loss_is_not_finite_equals_its_absence_though_its_gradient_is(kind, bad):
+    check_absence_by_loss(kind, bad)
+
+
+def check_absence_by_loss(kind: str, bad: float) -> None:
+    """A term without a gradient spoils the loss of one of two draws; the gradient is as before."""
+    model = KINDS[kind]()
+    x, spoilt_R = model.rows(8), torch.tensor([0.0, 0.0, 0.0, bad, 0.0, 0.0, 0.0, 0.0])
+    found = engine(model, clip_norm=0.3, draws=2)
+    sums = []
+    for losses, mask_B in (
+        (lambda: _losses(model(x)) + spoilt_R, everyone(4)),
+        (lambda: _losses(model(x)), torch.arange(4) != 1),
+    ):
+        found.add(losses, mask_B)
+        sums.append(found.take_sum())
+    assert sums[0].any() and torch.equal(sums[0], sums[1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_record_of_a_unet_equals_its_absence(bad):
     model = denoiser("transformer")
     x = model.rows(4)
@@ -507,6 +528,34 @@ def test_padding_changes_no_bit():
     assert torch.equal(
         clipped_sum(model, x, mask_B=mask_B), clipped_sum(model, other, mask_B=mask_B)
     )
+
+
+def test_a_watch_sees_the_raw_values_of_every_record_and_changes_no_bit():
+    model, seen = KINDS["linear on tokens"](), []
+    x = model.rows(8)
+    x[4] = float("nan")
+    mask_B = torch.arange(4) != 3
+    watched = engine(model, clip_norm=0.3, draws=2, watch=seen.append)
+    watched.add(lambda: _losses(model(x)), mask_B)
+    assert torch.equal(
+        watched.take_sum(), clipped_sum_units(model, x, mask_B=mask_B, clip_norm=0.3, draws=2)
+    )
+    (raw,) = seen
+    assert (
+        torch.equal(raw.mask_B, mask_B)
+        and (raw.factor_B > 0).tolist() == [True, True] + [False] * 2
+    )
+    wanted_BP = oracle_gradients(model, x, draws=2)
+    assert relative(raw.norm_B[:2], wanted_BP[:2].norm(dim=1)) < 1e-5
+    assert (
+        relative(raw.loss_B[:2], _losses(model(x)).detach().double().view(4, 2).mean(1)[:2]) < 1e-6
+    )
+
+
+def clipped_sum_units(model, x, *, mask_B, **more) -> Tensor:
+    found = engine(model, **more)
+    found.add(lambda: _losses(model(x)), mask_B)
+    return found.take_sum()
 
 
 # --- sensitivity, with every rounding counted -----------------------------------------------------
@@ -786,6 +835,10 @@ def plant_kept_nan(patch) -> None:
     patch.setattr(gradients, "weighted_sum", bug)
 
 
+def plant_infinite_losses_that_count(patch) -> None:
+    patch.setattr(Tensor, "isfinite", lambda self: torch.ones_like(self, dtype=torch.bool))
+
+
 def plant_sum_over_draws(patch) -> None:
     original = PerRecordGradients._seed
     patch.setattr(
@@ -867,6 +920,10 @@ MUTANTS = {
     "NaN kept": (
         plant_kept_nan,
         lambda patch: check_absence("linear on tokens", "gradient", float("nan"), draws=1),
+    ),
+    "a record of infinite loss counts": (
+        plant_infinite_losses_that_count,
+        lambda patch: check_absence_by_loss("linear", float("inf")),
     ),
     "sum over draws": (plant_sum_over_draws, lambda patch: check_mean_over_draws()),
     "mean over records": (plant_mean_over_records, lambda patch: check_sum_over_records()),

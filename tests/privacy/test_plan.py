@@ -43,7 +43,7 @@ def test_the_cap_of_a_batch_binds_with_less_than_the_probability_that_delta_pays
 
 def test_the_clip_norm_pays_for_the_rounding_of_every_microbatch_of_every_lane():
     plan, parameters, error = plan_with(), 10_000, 1e-7
-    bound = contribution_bound(plan, parameters=parameters, accumulation_error=error)
+    bound = contribution_bound(plan, parameters=parameters, accumulation_error=error).gradient
     paid = (plan.clip_norm - bound) / (math.sqrt(parameters) * plan.grid + 2 * error)
     sampling = PoissonSampling(new_key(), attempt=1, sample_rate=plan.sample_rate)
     placements = [[4000], [1, 3999], [500] * 8, [334] * 11 + [326], [4001]]

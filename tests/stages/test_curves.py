@@ -21,7 +21,7 @@ from dpldm_dist.runtime.tracking import SIGNAL, TELEMETRY, Tracker
 from dpldm_dist.runtime.worker import solo_worker
 from dpldm_dist.stages.finetune import finetune
 from dpldm_dist.stages.finetune.curves import ROWS, Curves
-from dpldm_dist.stages.mechanism import plan_of
+from dpldm_dist.stages.mechanism import plan_of, telemetry_query
 from dpldm_dist.stages.report import report
 from tests.stages.tiny_run import latent_shards, public_model, settings
 
@@ -94,15 +94,28 @@ def test_every_quantity_is_shown_with_its_error_bars(tmp_path):
 
 def test_pure_noise_is_told_to_the_user_and_a_signal_is_not(tmp_path):
     noise, signal = curves(tmp_path), curves(tmp_path)
-    assert noise.hint() is None  # before the first step
+    assert noise.hint() is None and noise.in_words() is None  # before the first step
     for found, strength in ((noise, 0.0), (signal, 0.5)):
         for noisy in noisy_steps(tmp_path, 40, signal=strength):
             found.add(noisy)
     assert signal.hint() is None
     line = noise.hint()
     assert line is not None and "\n" not in line
+    assert line.startswith(noise.in_words())
     for words in ("After 40 steps", "pure noise", "Raise finetune.batch", "privacy.epsilon"):
         assert words in line
+
+
+def test_a_loss_that_falls_is_learning_also_where_the_gradients_show_none(tmp_path):
+    config = settings(tmp_path)
+    query = telemetry_query(config, plan_of(config, records=80), parameters=P)
+    found, records = curves(tmp_path), 20
+    for step, noisy in enumerate(noisy_steps(tmp_path, 60)):  # the loss of all goes from 2 to 0
+        loss_B = torch.full((records,), 2.0 - step / 30, dtype=torch.float64)
+        found.add(
+            NoisyStep(noisy.mean_P, query.encode(loss_B, torch.ones(records).double()).sum(0))
+        )
+    assert found.hint() is None and "The training loss fell by" in found.in_words()
 
 
 def test_a_run_without_noise_has_no_walk_and_one_without_a_share_no_telemetry(tmp_path):
@@ -112,7 +125,11 @@ def test_a_run_without_noise_has_no_walk_and_one_without_a_share_no_telemetry(tm
     for noisy in noisy_steps(tmp_path, 2):
         quiet.add(noisy)
         bare.add(NoisyStep(noisy.mean_P, noisy.extra[:0]))
-    assert set(quiet.state()) == {"telemetry"} and set(bare.state()) == {"walk/sum", "walk/norms"}
+    assert set(quiet.state()) == {"telemetry"} and set(bare.state()) == {
+        "walk/sum",
+        "walk/before",
+        "walk/steps",
+    }
     assert quiet.hint() is None
     for found, has, lacks in ((quiet, "loss", "walk"), (bare, "walk", "loss")):
         found.write(tmp_path / "curves.json")
@@ -159,6 +176,7 @@ def test_the_released_loss_is_the_true_loss_within_its_error_bars(watched):
         assert sum(pull**2 for pull in pulls) <= n + 4 * math.sqrt(2 * n), name
         assert any(pulls)
     assert errors["loss"] < 0.1 * LOSS_BOUND  # or nothing was compared
+    assert "lines" not in json.loads(run.progress.read_text())  # and no hint about noise
     quantiles = [raw.Scalars(f"raw/gradient_norm_{q}")[-1].value for q in (10, 50, 90)]
     assert 0 < quantiles[0] <= quantiles[1] <= quantiles[2]
 
@@ -198,13 +216,17 @@ def test_raw_values_cannot_be_switched_on_in_a_run_with_a_claim(root):
 
 
 def test_the_report_shows_loss_and_signal_and_says_in_words_what_training_did(root):
-    config = settings(root, "reported", finetune={"steps": 3})
+    config = settings(  # so much noise that nothing can be learned
+        root, "reported", finetune={"steps": 4, "batch": 2}, privacy={"noise_multiplier": 2.0}
+    )
     run = RunDir(config.run.dir).create()
     manifest = finetune(config, solo_worker())
+    (said,) = json.loads(run.progress.read_text())["lines"]  # what the driver prints
+    assert "pure noise. Raise finetune.batch" in said
     assert "telemetry.json" in manifest.files and manifest.facts["telemetry_share"] == 0.01
     report(config, solo_worker())
     page = (run.release / "report.html").read_text()
-    assert "What training did" in page and "training loss" in page and "noise alone" in page
+    assert "What training did" in page and "training loss" in page and "length over that of noise" in page
     assert json.loads(run.telemetry.read_text())["signal"] in page
     run.telemetry.write_text("{}")
     with pytest.raises(Exception, match=r"telemetry\.json is damaged"):

@@ -17,6 +17,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dpldm_dist.config import Config, parse_config
+from dpldm_dist.data.files import make_folder
 from dpldm_dist.data.manifest import Manifest, describe_files
 from dpldm_dist.data.npy import npy_bytes
 from dpldm_dist.data.shards import ImageRecord, write_image_shard
@@ -50,7 +51,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_images(folder: Path, images_NCHW, labels_N, classes=DIGITS) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, private=True)
     records = [
         ImageRecord(f"{i:06d}", image.transpose(1, 2, 0)[None], (int(label),))
         for i, (image, label) in enumerate(zip(images_NCHW, labels_N, strict=True))
@@ -68,7 +69,7 @@ def write_images(folder: Path, images_NCHW, labels_N, classes=DIGITS) -> None:
         "skipped": 0,
         "captions": False,
     }
-    Manifest("images", facts, describe_files(folder, ["a.tar"])).write(folder)
+    Manifest("images", facts, describe_files(folder, ["a.tar"])).write(folder, private=True)
 
 
 def write_samples(folder: Path, images_NCHW, labels_N, classes=DIGITS) -> None:

@@ -18,7 +18,10 @@ from dpldm_dist.models.denoiser import Denoiser
 from dpldm_dist.models.trainable import select_trainable
 from dpldm_dist.models.unet import build_unet
 from dpldm_dist.privacy.accounting import GaussianEvent, epsilon
+from dpldm_dist.privacy.ledger import PrivacyLedger
+from dpldm_dist.runtime.rundir import RunDir, dataset_budget_file
 from dpldm_dist.runtime.worker import solo_worker
+from dpldm_dist.stages.mechanism import reservation_of
 from dpldm_dist.stages.plan import (
     Cost,
     cost_of,
@@ -38,6 +41,15 @@ def config_with(**sections):
         }
     )
     return with_changes(config, **sections)
+
+
+def test_plan_says_how_well_the_training_loss_will_be_known_and_what_that_costs(capsys):
+    plan(config_with(finetune={"batch": 500}), solo_worker())
+    printed = capsys.readouterr().out
+    (row,) = (line for line in printed.splitlines() if "training loss of a step" in line)
+    assert re.search(r"± 0\.\d+ of 0 to 2 \(for 0\.5% more noise\)", row)
+    plan(config_with(privacy={"telemetry_share": 0.0}), solo_worker())
+    assert "not released" in capsys.readouterr().out
 
 
 def test_plan_prints_the_cost_by_every_accountant_and_relation(capsys):
@@ -106,6 +118,12 @@ def test_plan_needs_the_private_sections(missing):
         mechanism_of(parse_config({**tree, missing: None}))
 
 
+@pytest.mark.parametrize("workers", [5, [1, 5]])
+def test_workers_that_would_have_no_records_are_refused(workers):
+    with pytest.raises(ConfigError, match=r"5 is more than privacy.lanes = 4"):
+        mechanism_of(config_with(run={"workers": workers}))
+
+
 def test_a_budget_that_cannot_be_met_is_refused():
     with pytest.raises(PrivacyError, match="noise_multiplier"):
         mechanism_of(config_with(privacy={"noise_multiplier": 0.5}))
@@ -134,3 +152,99 @@ def test_the_parameters_shown_are_those_that_would_learn(trainable):
 
 def test_the_parameters_of_a_foreign_model_are_not_guessed(tmp_path):
     assert trainable_parameters(config_with(model={"init": tmp_path})) is None
+
+
+# --- the budget that all runs on the private data share -----------------------------------------
+
+
+def budget_rows(config, capsys):
+    """The rows of that section, and all that was printed."""
+    plan(config, solo_worker())
+    printed = capsys.readouterr().out
+    rows = (re.split(r"   *", line.strip(), maxsplit=1) for line in printed.splitlines())
+    return dict(row for row in rows if len(row) == 2), printed
+
+
+def with_budget(tmp_path, epsilon=20.0, **privacy):
+    shared = {"dataset_epsilon": epsilon, "dataset_delta": 1e-5, **privacy}
+    return config_with(privacy=shared, run={"dir": str(tmp_path / "run")})
+
+
+def start_run(config, name):
+    """Another run of the same config: only its ledger."""
+    mechanism = mechanism_of(config)
+    path = RunDir(config.run.dir).private / name / "ledger.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    reserve = reservation_of(config, mechanism)
+    with PrivacyLedger.open(path, mechanism.facts(), reserve=reserve) as ledger:
+        ledger.open_attempt({}, workers=1)
+
+
+def test_without_a_budget_of_the_data_set_plan_says_nothing_of_one(tmp_path, capsys):
+    _, printed = budget_rows(config_with(run={"dir": str(tmp_path / "run")}), capsys)
+    assert "all runs" not in printed
+
+
+def test_plan_says_what_a_budget_of_the_data_set_would_hold_before_the_first_run(tmp_path, capsys):
+    config = with_budget(tmp_path)
+    rows, printed = budget_rows(config, capsys)
+    assert rows["left"] == "100.00%"
+    assert rows["for all runs together"] == "epsilon 20 at delta 1e-05"
+    assert "admitted" in rows["a new run of this config"]
+    assert f"Its file: {dataset_budget_file(config)}" in printed
+    assert not dataset_budget_file(config).exists()  # plan makes nothing
+    assert f"reads   {dataset_budget_file(config)} (the budget of the data set)" not in describe(
+        config
+    )
+
+
+def test_plan_tells_before_a_start_exactly_what_the_start_is_told(tmp_path, capsys):
+    config = with_budget(tmp_path, epsilon=9.0)
+    fits = int(budget_rows(config, capsys)[0]["such runs that still fit"])
+    assert fits > 1
+    for run in range(fits):
+        rows, _ = budget_rows(config, capsys)
+        assert rows["such runs that still fit"] == str(fits - run)
+        assert "admitted" in rows["a new run of this config"]
+        start_run(config, str(run))
+    rows, printed = budget_rows(config, capsys)
+    assert rows["runs so far"] == f"{fits}, 0 finished"
+    assert "refused" in rows["a new run of this config"]
+    with pytest.raises(PrivacyError) as caught:
+        start_run(config, "one more")
+    reason = printed.split("would be refused: ")[1].splitlines()[0]
+    assert reason in str(caught.value)
+    assert f"reads   {dataset_budget_file(config)} (the budget of the data set)" in describe(config)
+
+
+def test_plan_shows_what_the_run_of_this_directory_holds(tmp_path, capsys):
+    config = with_budget(tmp_path)
+    start_run(config, ".")
+    rows, _ = budget_rows(config, capsys)
+    asked = rows["a new run of this config"].split()[2].rstrip(":")
+    assert rows["the run in run.dir holds"] == asked
+
+
+def test_plan_says_when_a_run_would_be_the_only_one_for_ever(tmp_path, capsys):
+    config = with_budget(tmp_path, epsilon=5.0)  # that of the run itself
+    rows, _ = budget_rows(config, capsys)
+    assert rows["a new run of this config"] == "admitted, as the only one for ever"
+    assert "such runs that still fit" not in rows
+    start_run(config, "first")
+    rows, printed = budget_rows(config, capsys)
+    assert rows["left"] == "0.00%"
+    assert "no other is ever admitted" in printed
+
+
+def test_plan_says_when_the_config_names_another_budget_than_the_file(tmp_path, capsys):
+    start_run(with_budget(tmp_path), "first")
+    _, printed = budget_rows(with_budget(tmp_path, epsilon=30.0), capsys)
+    assert "another budget than the file" in printed
+    rows, _ = budget_rows(with_budget(tmp_path, epsilon=20.0), capsys)
+    assert "admitted" in rows["a new run of this config"]
+
+
+@pytest.mark.parametrize("half", [{"dataset_epsilon": 3.0}, {"dataset_delta": 1e-5}])
+def test_half_a_budget_of_the_data_set_is_refused(half):
+    with pytest.raises(ConfigError, match="expected both numbers, or none"):
+        config_with(privacy=half)

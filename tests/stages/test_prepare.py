@@ -5,14 +5,18 @@ from __future__ import annotations
 import io
 import json
 import stat
+from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from dpldm_dist.config import Config, parse_config
+from dpldm_dist.data import records as records_module
 from dpldm_dist.data.manifest import Manifest
+from dpldm_dist.data.records import PlannedRecord
 from dpldm_dist.data.shards import ImageShards, read_images
 from dpldm_dist.errors import ConfigError, DataError, PrivacyError, RunError
 from dpldm_dist.runtime.rundir import RunDir, dataset_dir
@@ -27,13 +31,14 @@ def png(seed: int) -> bytes:
     return out.getvalue()
 
 
-def table(folder: Path, rows: list[tuple[int, str]], *, unit: bool = False) -> str:
-    """A CSV of images (seed, label) and their files; its path."""
+def table(folder: Path, rows: list[tuple[int, str]], *, units: Sequence[str] | None = None) -> str:
+    """A CSV of images (seed, label), their files and ``units``, which take turns; its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = ["file,label,unit" if unit else "file,label"]
+    lines = ["file,label,unit" if units else "file,label"]
     for place, (seed, label) in enumerate(rows):
         (folder / f"{place}.png").write_bytes(png(seed))
-        lines.append(f"{place}.png,{label}" + (f",p{place % 3}" if unit else ""))
+        unit = f",{units[place % len(units)]}" if units else ""
+        lines.append(f"{place}.png,{label}{unit}")
     (folder / "t.csv").write_text("\n".join(lines))
     return str(folder / "t.csv")
 
@@ -105,7 +110,7 @@ def test_the_same_command_again_does_nothing_and_says_so(tmp_path, capsys):
     ("change", "answer"),
     [
         ({"size": 12}, r"data\.size = 10, this config says 12"),
-        ({"max_images_per_unit": 2}, r"data\.max_images_per_unit = 1, this config says 2"),
+        ({"unit": "user"}, r"data\.unit = image, this config says user"),
         ({"public": {"limit": 1}}, r"data\.public\.limit = None, this config says 1"),
     ],
 )
@@ -167,15 +172,79 @@ def test_duplicates_are_reported_privately_or_stop(tmp_path, capsys):
 
 
 def test_all_images_of_a_unit_form_one_record(tmp_path):
-    private = {"source": table(tmp_path / "b", classes(*"abcabcab"), unit=True)}
-    settings = config(tmp_path, private=private, max_images_per_unit=2)
-    manifest = run(settings)
-    assert (
-        manifest.facts["records"] == 3 and manifest.facts["images"] == 6 and manifest.facts["units"]
+    people = table(tmp_path / "b", classes(*"abcabcab"), units=["p0", "p1", "p2"])
+    public = table(tmp_path / "a", classes("x", "y", start=50))
+    settings = config(
+        tmp_path,
+        unit="patient",
+        max_images_per_unit=2,
+        public={"source": public},
+        private={"source": people},
     )
-    shards = ImageShards(dataset_dir(settings, "private", "images"))
+    run(settings)
+    found = {
+        which: ImageShards(dataset_dir(settings, which, "images"))
+        for which in ("public", "private")
+    }
+    facts = found["private"].manifest.facts
+    assert (facts["records"], facts["images"], facts["unit"]) == (3, 6, "patient")
+    shards = found["private"]
     records = [r for shard in range(len(shards.files)) for r in shards.records(shard)]
     assert sorted(len(record.labels) for record in records) == [2, 2, 2]
+    assert found["public"].images_per_record == 1  # public images need no unit
+
+
+def test_a_word_without_units_and_units_without_a_word_are_refused(tmp_path):
+    plain = {"source": table(tmp_path / "plain", classes("u", "v"))}
+    people = {"source": table(tmp_path / "people", classes("u", "v"), units=["p0", "p1"])}
+    with pytest.raises(PrivacyError, match=r"data\.unit = 'patient', but data\.private names no"):
+        run(config(tmp_path, unit="patient", private=plain))
+    for which in ("private", "public"):
+        with pytest.raises(ConfigError, match=r"names a unit .* data\.unit is image: say"):
+            run(config(tmp_path, **{which: people}))
+    assert run(config(tmp_path, private=plain)).facts["unit"] == "image"
+    with pytest.raises(ConfigError, match=r"data\.max_images_per_unit: expected 1"):
+        config(tmp_path, max_images_per_unit=2)
+
+
+@pytest.mark.parametrize(
+    "spellings", [("Ann", "ann"), ("ann", "ann "), ("a  b", "a b"), ("\u00e9", "e\u0301")]
+)
+def test_a_unit_that_is_spelled_in_two_ways_is_refused_without_naming_it(tmp_path, spellings):
+    source = table(tmp_path / "b", classes("u", "v", "w"), units=[*spellings, "other"])
+    with pytest.raises(DataError, match=r"0\.png and .*1\.png differ in case, blanks") as caught:
+        run(config(tmp_path, unit="person", private={"source": source}))
+    assert not any(unit in str(caught.value).replace(str(tmp_path), "") for unit in ("Ann", "a b"))
+
+
+def test_a_unit_that_is_blank_is_refused(tmp_path):
+    source = table(tmp_path / "b", classes("u", "v"), units=["p0", " "])
+    with pytest.raises(DataError, match=r"1\.png has no unit"):
+        run(config(tmp_path, unit="person", private={"source": source}))
+
+
+@pytest.mark.parametrize("bug", ["every image a record", "two units in a record", "shared unit"])
+def test_grouping_that_goes_wrong_is_caught_before_a_shard_is_written(tmp_path, bug):
+    """Planted bugs in the grouping itself."""
+
+    def broken(images, *, max_images_per_unit):
+        if bug == "every image a record":
+            groups = [(image,) for image in images]
+        elif bug == "two units in a record":
+            groups = [tuple(images)]
+        else:
+            groups = [tuple(images[:1]), tuple(images[1:])]
+        return [PlannedRecord(f"{n:08d}", group) for n, group in enumerate(groups)]
+
+    units = ["p0", "p0"] if bug != "two units in a record" else ["p0", "p1"]
+    source = table(tmp_path / "b", classes("u", "v"), units=units)
+    settings = config(tmp_path, unit="person", private={"source": source})
+    with (
+        mock.patch.object(records_module, "plan_records", broken),
+        pytest.raises(PrivacyError, match="two records, or a record holds two"),
+    ):
+        run(settings)
+    assert not dataset_dir(settings, "private", "images").exists()
 
 
 def test_an_unreadable_image_stops_with_its_name_and_leaves_nothing_or_is_counted(tmp_path):

@@ -23,7 +23,7 @@ from dpldm_dist.stages.report import describe, report
 CANARY = "canary-7f3a91"
 COMMITMENT = "c0" * 32
 SETTINGS = {
-    "privacy": {"epsilon": 7.31, "delta": 1e-5, "clip_norm": 0.5, "unit": "patient"},
+    "privacy": {"epsilon": 7.31, "delta": 1e-5, "clip_norm": 0.5},
     "finetune": {"steps": 12, "batch": 100, "statistics_noise": 12.0},
 }
 
@@ -46,13 +46,13 @@ def plan() -> PrivacyPlan:
 def make_run(root: Path, plan: PrivacyPlan, *, claim: bool = True, charges: int = 14) -> Config:
     """A finished run: a ledger with two attempts, a model directory, samples, private canaries."""
     run = RunDir(root).create()
-    genesis = {**plan.facts(), "parameters": 40, "data": COMMITMENT, "claim": claim}
+    genesis = {**plan.facts(), "parameters": 40, "claim": claim}
     with PrivacyLedger.open(run.ledger, genesis) as ledger:
-        ledger.open_attempt()
+        ledger.open_attempt({"data": COMMITMENT}, workers=1)
         ledger.charge(plan.statistics_events[0], "statistics")
         for step in range(charges - 12):
             ledger.charge(plan.step_event, "step", step)
-        ledger.open_attempt()
+        ledger.open_attempt({"data": "another"}, workers=1)
         for step in range(12):
             ledger.charge(plan.step_event, "step", step)
         spent, head = ledger.spent(), ledger.head
@@ -73,6 +73,7 @@ def write_model(
     facts |= {
         "epsilon": spent,
         "claim": claim,
+        "unsafe": [] if claim else ["run.unsafe_test_key"],
         "steps_done": 12,
         "trainable": "transformer",
         "parameters": 40,
@@ -142,7 +143,7 @@ def test_nothing_private_reaches_the_page(tmp_path, plan):
 
 def test_a_run_without_a_claim_gets_a_banner_and_no_epsilon_anywhere(tmp_path, plan):
     page = page_of(make_run(tmp_path, plan, claim=False))
-    assert "NO PRIVACY CLAIM" in page
+    assert "NO PRIVACY CLAIM" in page and "run.unsafe_test_key" in page
     bare = re.sub(r'"data:image/png;base64,[^"]*"|<style>.*?</style>', "", page, flags=re.DOTALL)
     for word in ("ε", "epsilon", "δ", "delta", "7.31", "signature", str(plan.noise_multiplier)):
         assert word not in bare
@@ -156,9 +157,9 @@ def test_an_equal_run_leaves_the_page_and_a_changed_one_makes_it_anew(tmp_path, 
     stamp = page.stat().st_mtime_ns
     assert report(config, solo_worker()).digest == first.digest
     assert page.stat().st_mtime_ns == stamp
-    genesis = {**plan.facts(), "parameters": 40, "data": COMMITMENT, "claim": True}
+    genesis = {**plan.facts(), "parameters": 40, "claim": True}
     with PrivacyLedger.open(tmp_path / "private" / "ledger.jsonl", genesis) as ledger:
-        ledger.open_attempt()
+        ledger.open_attempt({"data": "a third"}, workers=1)
         ledger.charge(plan.step_event, "step", 0)
     before = page.read_text()
     assert report(config, solo_worker()).digest != first.digest
@@ -175,14 +176,26 @@ def test_a_ledger_that_is_not_the_whole_ledger_of_the_release_is_refused(tmp_pat
     with pytest.raises(PrivacyError, match="not the whole ledger"):
         report(config, solo_worker())
     path.unlink()
-    genesis = {**plan.facts(), "parameters": 40, "data": "ee" * 32, "claim": True}
-    PrivacyLedger.open(path, genesis).close()
-    with pytest.raises(PrivacyError, match="another data than the release"):
+    genesis = {**plan.facts(), "parameters": 40, "claim": True}
+    PrivacyLedger.open(path, genesis).close()  # of another run with the same plan
+    with pytest.raises(PrivacyError, match="not the whole ledger"):
         report(config, solo_worker())
     path.write_bytes(b"".join(lines).replace(b'"count":1', b'"count":2', 1))
     with pytest.raises(PrivacyError, match="line"):
         report(config, solo_worker())
     assert not (tmp_path / "release" / "report.html").exists()
+
+
+def test_a_release_that_says_another_plan_than_its_ledger_is_refused(tmp_path, plan):
+    config = make_run(tmp_path, plan)
+    found = Manifest.read(tmp_path / "release", "model")
+    for name, wrong in (("telemetry_share", 0.02), ("noise_multiplier", 9.0)):
+        facts = {**found.facts, name: wrong}
+        Manifest("model", facts, found.files, found.config, found.parents).write(
+            tmp_path / "release"
+        )
+        with pytest.raises(PrivacyError, match=f"another {name} than the release"):
+            report(config, solo_worker())
 
 
 def test_released_files_that_differ_from_their_manifest_are_refused(tmp_path, plan):

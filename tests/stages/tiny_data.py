@@ -11,6 +11,7 @@ from unittest.mock import patch
 import numpy as np
 
 from dpldm_dist.config import Config, parse_config
+from dpldm_dist.data.files import make_folder
 from dpldm_dist.data.manifest import Manifest, describe_files
 from dpldm_dist.data.shards import ImageRecord, write_image_shard
 from dpldm_dist.runtime.public_training import PublicTraining
@@ -49,7 +50,7 @@ def write_images(
 ) -> Path:
     """Finished image shards of data set ``which``: records of 1 to ``most_images`` noisy shapes."""
     folder = dataset_dir(config, which, "images")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, private=which != "public")
     generator, facts = np.random.default_rng(seed), []
     for shard in range(shards):
         name = f"images-{shard:05d}.tar"

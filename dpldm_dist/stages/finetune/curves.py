@@ -17,7 +17,7 @@ from dpldm_dist.config import Config
 from dpldm_dist.data.files import write_file
 from dpldm_dist.privacy.optimizer import NoisyStep
 from dpldm_dist.privacy.plan import TELEMETRY_NUMBERS, PrivacyPlan
-from dpldm_dist.privacy.signal import RandomWalk, Signal
+from dpldm_dist.privacy.signal import MOST_OF_NOISE, RandomWalk, Signal
 from dpldm_dist.privacy.telemetry import LOSS_BOUND, WINDOW, Telemetry, TelemetryHistory
 from dpldm_dist.runtime.tracking import Tracker
 from dpldm_dist.stages.mechanism import telemetry_query
@@ -68,13 +68,27 @@ class Curves:
                 tracker.scalar(f"signal/{tag}", value, self._steps)
 
     def hint(self) -> str | None:
-        """A line for the user of a run that learned nothing but noise; else None."""
-        if self._walk is None or not self._steps or not self._walk.signal().is_pure_noise:
+        """A line for the user of a run that learned nothing but noise; else None.
+
+        That is one whose steps agree no more than noise lets them, and whose loss did not fall.
+        """
+        if self._walk is None or self._steps < 2 or not self._walk.signal().is_pure_noise:
+            return None
+        if self._fall_of_loss() > MOST_OF_NOISE:
             return None
         return (
-            f"{self._walk.signal().in_words()} Raise finetune.batch, finetune.steps or "
-            "privacy.epsilon, or train fewer parameters."
+            f"{self.in_words()} Raise finetune.batch, finetune.steps or privacy.epsilon, or train "
+            "fewer parameters."
         )
+
+    def in_words(self) -> str | None:
+        """What training did, for the report. None without noise, or before the second step."""
+        if self._walk is None or self._steps < 2:
+            return None
+        words = self._walk.signal().in_words()
+        if self._fall_of_loss() > MOST_OF_NOISE:
+            words += f" The training loss fell by {self._fall_of_loss():.0f} standard errors."
+        return words
 
     def write(self, path: Path) -> None:
         """The curves as a JSON file of at most 500 rows, for the report and for plots."""
@@ -97,16 +111,19 @@ class Curves:
         if self._history is not None:
             self._history.load(state["telemetry"])
         if self._walk is not None:
-            self._walk.load({"sum": state["walk/sum"], "norms": state["walk/norms"]})
+            names = self._walk.state()
+            self._walk.load({name: state[f"walk/{name}"] for name in names})
 
     def _facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = {"telemetry_share": self._share}
         if self._history is not None:
             errors = asdict(self._history.query.errors)
             facts |= {"loss_bound": LOSS_BOUND, "window": WINDOW, "standard_errors": errors}
-        if self._walk is not None and self._steps:
-            facts |= {"signal": self._walk.signal().in_words()}
-        return facts
+        return facts | {"signal": self.in_words()}
+
+    def _fall_of_loss(self) -> float:
+        """From the first steps to the last, in standard errors; 0 where it was not released."""
+        return 0.0 if self._history is None else self._history.fall_of_loss()
 
     def _row(self, steps: int) -> dict[str, float]:
         row: dict[str, float] = {"step": steps}
@@ -139,4 +156,5 @@ def _signal_numbers(signal: Signal) -> dict[str, float]:
         "noise_alone_high": signal.noise_alone * (1.0 + 2.0 * signal.error),
         "walk_ratio": signal.ratio,
         "step_ratio": signal.step_ratio,
+        "alignment": signal.alignment,
     }

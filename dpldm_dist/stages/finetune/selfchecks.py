@@ -76,9 +76,7 @@ def _measure_noise(
         clip_norm=plan.clip_norm,
         divisor=plan.divisor,
     )
-    nothing_P = torch.zeros(
-        sum(p.numel() for p in copies), dtype=torch.int64, device=worker.device
-    )
+    nothing_P = torch.zeros(sum(p.numel() for p in copies), dtype=torch.int64, device=worker.device)
     measure_noise(
         lambda: optimizer.step(nothing_P, 0),
         inner,
