@@ -4,13 +4,17 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test fuzz lint clean
 
 demo: $(READY)
 	$(BIN)/dpldm demo --config configs/demo.toml
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# 10,000 damaged and hostile inputs of every kind; prints a table (about half an hour).
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz --cases 10000
 
 lint: $(READY)
 	$(BIN)/python -m pip install --quiet "ruff>=0.9,<1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing
+import pickle
 import queue
 import tempfile
 from collections.abc import Callable
@@ -49,7 +50,7 @@ def _next(results: Any, workers: list[Any], limit_s: int) -> tuple[int, Any]:
     """The next result; a process that died without one fails the test at once."""
     for _ in range(10 * limit_s):
         try:
-            return results.get(timeout=0.1)
+            return pickle.loads(results.get(timeout=0.1))
         except queue.Empty:
             dead = [w.exitcode for w in workers if w.exitcode not in (None, 0)]
             assert not dead, f"a worker died with exit code {dead[0]}"
@@ -67,7 +68,8 @@ def _work(
         world_size=world_size,
         timeout=datetime.timedelta(seconds=60),
     )
-    results.put((rank, _outcome(function, GroupCollective(torch.device("cpu")), arguments)))
+    outcome = _outcome(function, GroupCollective(torch.device("cpu")), arguments)
+    results.put(pickle.dumps((rank, outcome)))  # tensors as bytes: no file of this process is needed
     dist.barrier()
     dist.destroy_process_group()
 

@@ -71,8 +71,8 @@ def judge(seen: Observations) -> Verdict:
         *sampling.selection(seen.selection.drawn_TN, rate=seen.selection_rate, places=seen.places),
         *_contribution_readings(seen),
         *_ledger_readings(seen),
-        _canary_reading("epsilon proved, by (epsilon, delta)", lower, claim),
-        _canary_reading("epsilon proved, by the trade-off curve", lower_curve, claim),
+        _canary_reading("epsilon proved by (epsilon, delta)", lower, claim),
+        _canary_reading("epsilon proved by trade-off curve", lower_curve, claim),
     ]
     return Verdict(
         claim=claim,
@@ -97,22 +97,22 @@ def _noise_readings(seen: Observations) -> list[Reading]:
     outside = seen.plan.sample_rate * (seen.reference.outside / seen.plan.noise_multiplier) ** 2
     return [
         *noise.calibration(noisy.blank_TN, where="blank rows"),
-        *noise.calibration(data.blank_TN, where="next to no records"),
+        *noise.calibration(data.blank_TN, where="empty batches"),
         _worst_slice(noisy, outside, "noisy run"),
         _worst_slice(weights, outside, "other weights"),
         _worst_slice(data, 0.0, "other data"),
-        noise.alike(noisy.blank_TN, name="cosine of the closest two steps"),
+        noise.alike(noisy.blank_TN, name="cosine of the two closest steps"),
         noise.alike(
             noisy.blank_TN[seen.restart :],
             weights.blank_TN,
-            name="cosine with a restart, other weights",
+            name="cosine with restart, other weights",
         ),
         noise.alike(
             noisy.blank_TN,
             data.blank_TN,
-            name="cosine with a restart, other data",
+            name="cosine with restart, other data",
         ),
-        noise.repeated_within(noisy.first_P, name="cosine of a step with itself, shifted"),
+        noise.repeated_within(noisy.first_P, name="cosine of a step, shifted"),
     ]
 
 

@@ -74,7 +74,8 @@ def free_memory() -> int:
 
 def allocation_here() -> Allocation | None:
     """The Slurm job that this process is part of, or None."""
-    return Allocation.read(os.environ) if "SLURM_JOB_ID" in os.environ else None
+    known = {"SLURM_JOB_ID", "SLURM_JOB_NODELIST"} <= os.environ.keys()
+    return Allocation.read(os.environ) if known else None
 
 
 def token_of_ray(run: RunConfig) -> str:

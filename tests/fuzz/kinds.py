@@ -14,6 +14,7 @@ import math
 import tomllib
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -38,6 +39,7 @@ from dpldm_dist.data.records import CONTENT, content_digests
 from dpldm_dist.data.shards import ImageRecord, ImageShards, write_image_shard
 from dpldm_dist.errors import ConfigError, DataError, PrivacyError, RunError
 from dpldm_dist.privacy.accounting import GaussianEvent
+from dpldm_dist.privacy.dataset_ledger import Request, Reservation, read_dataset_ledger
 from dpldm_dist.privacy.ledger import PrivacyLedger, read_ledger
 from dpldm_dist.runtime.checkpoint import Checkpoints
 from tests.fuzz import damage
@@ -589,45 +591,62 @@ def _vouch_checkpoint(place: Path) -> None:
 
 # --- ledgers ------------------------------------------------------------------------------------------
 
-_GENESIS = {"epsilon": 9.0, "delta": 1e-5, "overflow_delta": 1e-6, "unit": "image", "claim": True}
+_GENESIS = {"epsilon": 9.0, "delta": 1e-5, "overflow_delta": 1e-8, "unit": "image", "claim": True}
 _LINEAGE = {"key": "k" * 16, "data": "d" * 16}
 _SPENT = (
     "epsilon", "events", "plan", "run_id", "claim", "budget", "delta", "overflow_delta", "steps",
     "statistics", "attempts", "starts", "binds", "rebound", "checkpoints", "sealed",
 )  # fmt: skip
-_RELEASE = GaussianEvent(4.0, 1.0)  # the cost of a release over all records is quick to compute
+_RELEASE = GaussianEvent(20.0, 1.0)  # the cost of a release over all records is quick to compute
+_RUNS = ("one", "two")
+
+
+def _reserve(folder: Path) -> Reservation:
+    events = (replace(_RELEASE, count=6),)
+    request = Request(events, _GENESIS["overflow_delta"], "image", "add_or_remove_one")
+    return Reservation(folder / "budget.jsonl", request, budget=(9.0, 1e-4))
+
+
+def _open_ledger(folder: Path, name: str) -> PrivacyLedger:
+    return PrivacyLedger.open(folder / f"{name}.jsonl", _GENESIS, reserve=_reserve(folder))
 
 
 def _build_ledger(folder: Path) -> None:
-    """A ledger whose last entry is noted elsewhere, as checkpoints and reports do."""
-    with PrivacyLedger.open(folder / "ledger.jsonl", _GENESIS) as ledger:
-        for workers in (1, 2):
-            ledger.open_attempt(_LINEAGE, workers=workers)
-            for step in range(3):
-                ledger.charge(_RELEASE, "step", step)
-                ledger.bind("step", step, f"{step:064x}")
-        ledger.bind("step", 2, "f" * 64)
-        head = ledger.note_checkpoint(3)
-    (folder / "head.json").write_text(json.dumps(head))
+    """Two runs that share a budget; the last entry of each is noted, as in their checkpoints."""
+    heads = {}
+    for name in _RUNS:
+        with _open_ledger(folder, name) as ledger:
+            for workers in (1, 2):
+                ledger.open_attempt(_LINEAGE, workers=workers)
+                for step in range(3):
+                    ledger.charge(_RELEASE, "step", step)
+                    ledger.bind("step", step, f"{step:064x}")
+            ledger.bind("step", 2, "f" * 64)
+            heads[name] = ledger.note_checkpoint(3)
+    (folder / "heads.json").write_text(json.dumps(heads))
 
 
 def _read_ledger(folder: Path) -> Reading:
-    """What a restart takes from it, as ``TrainingState.restore`` and ``dpldm report`` do."""
-    path = folder / "ledger.jsonl"
-    head = json.loads((folder / "head.json").read_text())
-    if path.is_file():
-        read_ledger(path)
-    with PrivacyLedger.open(path, _GENESIS) as ledger:
-        if not ledger.contains(head):
-            raise PrivacyError(f"{path} does not hold the noted head: restore it")
-        facts = (ledger.events(), ledger.replayable_until, ledger.run_id)
-    # what a crash may leave behind is cut off and noted: that costs and hides nothing
-    found = read_ledger(path)
-    return Reading((facts, {name: getattr(found, name) for name in _SPENT}))
+    """What restarts of both runs take from the files, and what ``dpldm ledger`` shows of them."""
+    heads, found = json.loads((folder / "heads.json").read_text()), []
+    for name in _RUNS:
+        path = folder / f"{name}.jsonl"
+        if path.is_file():
+            read_ledger(path)
+        with _open_ledger(folder, name) as ledger:
+            if not ledger.contains(heads[name]):  # as ``TrainingState.restore`` says it
+                raise PrivacyError(f"{path} does not hold the noted head: restore it")
+            found.append((ledger.events(), ledger.replayable_until))
+        # what a crash may leave behind is cut off and noted: that costs and hides nothing
+        summary = read_ledger(path)
+        found.append({field: getattr(summary, field) for field in _SPENT})
+    shared = read_dataset_ledger(folder / "budget.jsonl")
+    shares = {share.run_id: (share.events, share.alone, share.settled) for share in shared.shares}
+    return Reading((found, shared.ledger_id, shared.terms, shares))
 
 
 def _damaged_ledger(folder: Path, dice: Random, marker: Path) -> Damage:
-    path = folder / "ledger.jsonl"
+    path = folder / dice.choice((*(f"{name}.jsonl" for name in _RUNS), "budget.jsonl"))
     whole = path.read_bytes()
     touched = (path.name, str(folder))  # what cannot be written is named by its folder
 
@@ -640,7 +659,8 @@ def _damaged_ledger(folder: Path, dice: Random, marker: Path) -> Damage:
         at = dice.randrange(len(lines))
         lines[at]["body"], what = damage.confused_tree(lines[at]["body"], dice)
         path.write_bytes(_chained(lines) if chained else _as_lines(lines))
-        return Damage(f"line {at + 1}: {what}", touched)
+        nobody_noted_its_head = chained and path.name == "budget.jsonl"
+        return Damage(f"line {at + 1}: {what}", touched, vouched=nobody_noted_its_head)
 
     def cut() -> Damage:
         lines = whole.splitlines(keepends=True)
@@ -650,7 +670,7 @@ def _damaged_ledger(folder: Path, dice: Random, marker: Path) -> Damage:
         return Damage(f"cut in line {at + 1}", touched)
 
     def odd() -> Damage:
-        match dice.randrange(4):
+        match dice.randrange(5):
             case 0:
                 path.write_bytes(whole + damage.json_bomb(dice) + b"\n")
                 return Damage("a bomb in a line", touched)
@@ -660,6 +680,9 @@ def _damaged_ledger(folder: Path, dice: Random, marker: Path) -> Damage:
             case 2:
                 path.write_bytes(damage.evil_pickle(marker))
                 return Damage("a pickle", touched)
+            case 3:
+                other = dice.choice([p for p in folder.glob("*.jsonl") if p != path])
+                return Damage(damage.swapped_files(path, other), (*touched, other.name))
             case _:
                 return Damage(damage.replaced_file(path, dice), touched)
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from dpldm_dist.config import Config
-from dpldm_dist.data import manifest as manifests
 from dpldm_dist.data import latents, shards
+from dpldm_dist.data import manifest as manifests
 from dpldm_dist.errors import DataError, PrivacyError
 from dpldm_dist.privacy import chain
 from dpldm_dist.runtime import checkpoint

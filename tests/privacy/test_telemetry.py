@@ -244,13 +244,13 @@ def test_draws_of_a_record_are_averaged_before_the_loss_is_clipped():
 
 # --- error bars, on real workers ------------------------------------------------------------------
 
-STEPS, RECORDS_IN_ALL, KEY = 200, 4000, bytes(range(32))
+STEPS, RECORDS_IN_ALL, KEY = 100, 4000, bytes(range(32))
 
 
 def release_steps(
     collective: Any, bug: str | None = None
 ) -> tuple[list[Any], list[Any], list[Any]]:
-    """Telemetry of 200 noisy steps over 4,000 known records, drawn with public coins: what each
+    """Telemetry of 100 noisy steps over 4,000 known records, drawn with public coins: what each
     step said and the noisy sums; the truth of each step, (STEPS, 3)."""
     plan = plan_with()
     query = query_of(plan)

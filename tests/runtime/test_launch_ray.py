@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 
 import finetune_for_tests as tiny
+import numpy as np
 import pytest
 import ray
 import stages_for_tests as stages
 import torch
 
 from dpldm_dist.config import Config, parse_config
+from dpldm_dist.data.latents import LatentShards
 from dpldm_dist.errors import (
     BringUpError,
     DpldmError,
@@ -132,6 +134,30 @@ def test_killed_workers_are_replaced_and_the_model_and_ledger_are_those_of_an_un
     assert (ledger.steps, ledger.attempts, ledger.starts) == (tiny.STEPS, 1, 3)
     told = capfd.readouterr().err
     assert told.count("died") == told.count("Starting again") == 2, "the user is told of each"
+
+
+def test_rays_files_hold_no_key_nonce_digest_or_latent(joined_ray, tmp_path):
+    steps = {"steps": 2}
+    config = tiny.tiny_config(
+        tmp_path, "quiet", finetune=steps, workers=2, launcher="ray", unsafe_test_key=None
+    )
+    run = RunDir(config.run.dir).create()
+    key = run.run_key()
+    launch([Job(tiny.finetune, config)], run=config.run)
+    entries = [json.loads(line)["body"] for line in run.ledger.read_text().splitlines()]
+    texts = [entry[name] for entry in entries for name in ("nonce", "digest") if name in entry]
+    moments = LatentShards(config.data.private.latents).records(0, np.array([0])).moments
+    secrets = [key, key.hex().encode(), *(text.encode() for text in texts)]
+    secrets += [bytes.fromhex(text) for text in texts]
+    secrets += [moments.astype(np.float16).tobytes()[:64], moments.tobytes()[:64]]
+    assert len(texts) > 4 and _holding(run.private, secrets), "the search finds them where they are"
+    assert _holding(Path(os.environ["RAY_TMPDIR"]), secrets) == []
+
+
+def _holding(folder: Path, secrets: list[bytes]) -> list[Path]:
+    """Files below ``folder`` that hold one of ``secrets``."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return [path for path in files if any(secret in path.read_bytes() for secret in secrets)]
 
 
 def test_hung_workers_are_replaced(joined_ray, tmp_path, monkeypatch, capfd):

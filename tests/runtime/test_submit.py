@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import finetune_for_tests as tiny
 import pytest
 import torch
+import yaml
 
 from dpldm_dist.config import Config, load_config, parse_config
 from dpldm_dist.errors import BringUpError, ConfigError
@@ -102,6 +105,7 @@ def test_a_cluster_that_does_not_answer_is_named():
 class Head:
     address: str
     token: Path
+    ports: dict[int, int]  # by their usual number
 
     def environment(self, **changes: str) -> dict[str, str]:
         """Of a machine that has the cluster's token, unless it is changed."""
@@ -129,7 +133,7 @@ def head(tmp_path_factory) -> Iterator[Head]:
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     dashboard, *agents = _free_ports(4)
-    ours = Head(f"http://127.0.0.1:{dashboard}", token)
+    ours = Head(f"http://127.0.0.1:{dashboard}", token, {8265: dashboard, 52365: agents[0]})
     names = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port")
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2",
@@ -163,6 +167,25 @@ def test_who_has_not_the_token_is_refused(head, tmp_path, mode):
     asked = head.submit("report", RAY_AUTH_MODE=mode, RAY_AUTH_TOKEN_PATH=str(wrong))
     _, errors = asked.communicate(timeout=300)
     assert asked.returncode == 2 and "refuses our token" in errors and "Traceback" not in errors
+
+
+def test_the_probes_of_our_kubernetes_pods_answer_without_the_token(head):
+    cluster = yaml.safe_load((REPOSITORY / "cluster/kubernetes/raycluster.yaml").read_text())[
+        "spec"
+    ]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    containers = [c for group in groups for c in group["template"]["spec"]["containers"]]
+    probes = [
+        c[kind]["httpGet"] for c in containers for kind in ("readinessProbe", "livenessProbe")
+    ]
+    assert len(probes) == 4
+    for probe in probes:
+        _wait_until(lambda port=head.ports[probe["port"]]: _answers(port))
+        url = f"http://127.0.0.1:{head.ports[probe['port']]}{probe['path']}"
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            assert answer.status == 200
+    with pytest.raises(urllib.error.HTTPError, match="401"):  # what is not a probe needs it
+        urllib.request.urlopen(f"{head.address}/api/version", timeout=60)
 
 
 def test_the_exit_code_and_the_log_of_a_job_come_back(head, tmp_path):

@@ -98,6 +98,7 @@ def test_a_preempted_or_timed_out_job_saves_is_requeued_and_loses_no_step(slurm,
 
 
 def test_a_lost_node_requeues_the_job_which_goes_on_when_the_node_is_back(slurm, tiny_job):
+    """First a follower, which falls silent; then the node that leads, which dies."""
     run = tiny_job("lost")
     run.hold_at(4)
     job = run.submit("--nodes=2", "--export=ALL,DPLDM_NODE_TIMEOUT=10")
@@ -112,9 +113,9 @@ def test_a_lost_node_requeues_the_job_which_goes_on_when_the_node_is_back(slurm,
 
     run.forget_waiting()
     run.hold_at(STEPS)
-    slurm.kill("node2")
+    slurm.kill("node1")  # where the job script and the driver run
     slurm.until(lambda: slurm.job(job)["Restarts"] == "2", "requeued twice", 200)
-    slurm.boot("node2")
+    slurm.boot("node1")
     ended = slurm.wait(job, "COMPLETED", "FAILED", timeout_s=500)
     assert ended["ExitCode"] == "0:0", run.output()
     ledger = run.ledger()

@@ -226,7 +226,11 @@ def test_the_report_shows_loss_and_signal_and_says_in_words_what_training_did(ro
     assert "telemetry.json" in manifest.files and manifest.facts["telemetry_share"] == 0.01
     report(config, solo_worker())
     page = (run.release / "report.html").read_text()
-    assert "What training did" in page and "training loss" in page and "length over that of noise" in page
+    assert (
+        "What training did" in page
+        and "training loss" in page
+        and "length over that of noise" in page
+    )
     assert json.loads(run.telemetry.read_text())["signal"] in page
     run.telemetry.write_text("{}")
     with pytest.raises(Exception, match=r"telemetry\.json is damaged"):

@@ -25,14 +25,14 @@ def contributions(norms: np.ndarray, *, least: float, most: float, where: str) -
     return [
         exact(
             "contribution",
-            f"largest, {where} (clip norms)",
+            f"largest over C, {where}",
             largest,
             f"at most {most:.4g}",
             holds=largest <= most,
         ),
         exact(
             "contribution",
-            f"smallest, {where} (clip norms)",
+            f"smallest over C, {where}",
             smallest,
             f"at least {least:.4g}",
             holds=len(norms) > 0 and smallest >= least,
@@ -50,7 +50,7 @@ def remainder(found: float, norms_M: np.ndarray, *, most: float) -> Reading:
     bound = float(np.sqrt(np.clip(most**2 - np.square(norms_M), 0.0, None)).sum())
     return exact(
         "contribution",
-        "outside of own rows (clip norms)",
+        "outside of own rows over C",
         found,
         f"at most {bound:.4g}",
         holds=found <= bound,
@@ -70,4 +70,4 @@ def scale(scores_M: np.ndarray, *, rate: float, steps: int, noise_std: float) ->
     z = (float(scores_M.sum()) - count * mean) / math.sqrt(count * variance)
     found = float(scores_M.mean()) / mean
     p_value = 2 * float(norm.sf(abs(z)))
-    return Reading("contribution", "signal under noise over the expected", found, "1", p_value)
+    return Reading("contribution", "signal under noise, relative", found, "1", p_value)

@@ -41,7 +41,7 @@ def calibration(noise_TN: np.ndarray, *, where: str) -> list[Reading]:
         ),
         Reading(
             "noise",
-            f"mean, {where} (standard errors)",
+            f"mean in its errors, {where}",
             mean_z,
             "0",
             float(2 * norm.sf(abs(mean_z))),
@@ -76,7 +76,7 @@ def worst_slice(
     worst = np.unravel_index(np.argmin(p_values_TK), p_values_TK.shape)
     return Reading(
         "noise",
-        f"worst slice's variance, {where}",
+        f"variance, worst slice, {where}",
         float(ratios_TK[worst]),
         "1",
         min(1.0, float(p_values_TK[worst]) * p_values_TK.size),

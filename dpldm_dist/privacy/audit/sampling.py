@@ -36,7 +36,7 @@ def selection(drawn_TN: np.ndarray, *, rate: float, places: int) -> list[Reading
         ),
         _worst_record(per_record_N, steps, rate),
         _dispersion("variance of batch sizes, relative", per_step_T, records, rate),
-        _dispersion("variance of draws per record, relative", per_record_N, steps, rate),
+        _dispersion("variance of draws, relative", per_record_N, steps, rate),
         _worst_pair(drawn_TN, rate),
         _same_place(drawn_TN, rate, places),
         _empty_shards(drawn_TN, rate, places),
