@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/dpldm demo --config configs/demo.toml
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # 10,000 damaged and hostile inputs of every kind; prints a table (about half an hour).
 fuzz: $(READY)

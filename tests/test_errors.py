@@ -15,6 +15,7 @@ CODES = {
     errors.ConfigError: 2,
     errors.DataError: 3,
     errors.PrivacyError: 4,
+    errors.BudgetReached: 4,
     errors.WorkerError: 5,
     CollateralError: 5,
     errors.RunError: 6,

@@ -117,6 +117,7 @@ class Sizes:
 
 
 def sizes_of(config: Config) -> Sizes:
+    """As many canaries as the config asks for, rounded up to what makes sample rates exact."""
     shards = 2 * config.privacy.lanes
     places = max(_LEAST_PLACES, math.ceil(_SELECTED / shards))
     canaries = 4 * math.ceil(max(config.audit.canaries, shards * places) / 4)

@@ -165,6 +165,8 @@ def _source_image(
         )
     caption = facts.get("caption", texts.get("txt"))
     unit = facts.get("unit")
+    if isinstance(caption, (dict, list)) or isinstance(unit, (dict, list, bool, float)):
+        raise DataError(f"{path}: {key}.json has a caption or unit that is none: expected texts.")
     name = f"{path}:{image.name}"
     return SourceImage(
         name=name,

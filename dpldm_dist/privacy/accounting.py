@@ -226,12 +226,19 @@ def calibrate_noise_multiplier(
 
 
 def affordable_steps(
-    event: GaussianEvent, *, spent: Sequence[GaussianEvent], epsilon: float, delta: float
+    event: GaussianEvent,
+    *,
+    spent: Sequence[GaussianEvent],
+    epsilon: float,
+    delta: float,
+    most: int = LARGEST_COUNT,
 ) -> int:
     """How many more releases of ``event``, its count aside, the budget pays for after ``spent``.
 
+    most: no larger answer is of use; where it is the answer, it comes after one composition.
+
     Formal guarantees: that many together with ``spent`` cost at most ``epsilon`` by
-    :func:`epsilon`, and one more costs more, unless the answer is LARGEST_COUNT.
+    :func:`epsilon`, and one more costs more, unless the answer is ``most``.
     Raises: PrivacyError on input out of range.
     """
     target = _budget(epsilon)
@@ -240,9 +247,12 @@ def affordable_steps(
     def affords(count: int) -> bool:
         return _epsilon([*spent, replace(event, count=count)], delta) <= target
 
+    countable = LARGEST_COUNT - sum(e.count for e in spent if _same_kind(e, event))
+    if _whole("most", most) < countable and affords(most):
+        return most
     if not affords(0) or not affords(1):
         return 0
-    most = LARGEST_COUNT - sum(e.count for e in spent if _same_kind(e, event))
+    most = min(most, countable)
     low, high = 1, 2  # low is affordable; high is not, once the loop is left
     while high < most and affords(high):
         low, high = high, 2 * high

@@ -149,7 +149,7 @@ class PrivacyLedger:
         self._book = book
         self._reserve = reserve
         self._attempt: int | None = None
-        self._affordable: dict[Kind, int] = {}
+        self._affordable: dict[Kind, tuple[int, int]] = {}  # how many, and at most asked for
         self._spent: float | None = None
 
     @classmethod
@@ -240,7 +240,8 @@ class PrivacyLedger:
         self._append("charge", what=what, step=place[1], attempt=self._attempt, **asdict(event))
         kind = _kind_of(event)
         # one more of the same kind leaves the number that was affordable in all unchanged
-        self._affordable = {kind: self._affordable[kind] - event.count}
+        many, most = self._affordable[kind]
+        self._affordable = {kind: (many - event.count, most - event.count)}
         self._spent = None
         return True
 
@@ -281,19 +282,24 @@ class PrivacyLedger:
 
     def affords(self, event: GaussianEvent) -> bool:
         """Whether the budget pays for ``event`` (its count of releases) on top of all charges."""
-        return self.affordable_steps(event) >= event.count
+        known, _ = self._affordable.get(_kind_of(event), (0, 0))
+        return known >= event.count or self.affordable_steps(event) >= event.count
 
-    def affordable_steps(self, event: GaussianEvent) -> int:
-        """How many more releases of ``event``, its count aside, the budget pays for."""
+    def affordable_steps(self, event: GaussianEvent, *, most: int = LARGEST_COUNT) -> int:
+        """How many more releases of ``event``, its count aside, the budget pays for, at most
+        ``most``."""
         kind = _kind_of(event)
-        if kind not in self._affordable:
-            self._affordable[kind] = affordable_steps(
+        many, asked = self._affordable.get(kind, (0, 0))
+        if many == asked < most:  # it may pay for more than was asked
+            many = affordable_steps(
                 replace(event, count=1),
                 spent=self._book.events,
                 epsilon=self._book.budget,
                 delta=self._book.accounting_delta,
+                most=most,
             )
-        return self._affordable[kind]
+            self._affordable[kind] = (many, most)
+        return min(many, most)
 
     def spent(self) -> float:
         """Epsilon of all charges of all attempts; infinity for a run without a privacy claim."""
@@ -434,8 +440,8 @@ class SharedLedger:
     def affords(self, event: GaussianEvent) -> bool:
         return self._on_worker_0(lambda: self._here.affords(event))
 
-    def affordable_steps(self, event: GaussianEvent) -> int:
-        return self._on_worker_0(lambda: self._here.affordable_steps(event))
+    def affordable_steps(self, event: GaussianEvent, *, most: int = LARGEST_COUNT) -> int:
+        return self._on_worker_0(lambda: self._here.affordable_steps(event, most=most))
 
     def spent(self) -> float:
         spent = self._on_worker_0(

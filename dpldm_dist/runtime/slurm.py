@@ -22,6 +22,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from dpldm_dist.config import Config, load_config
@@ -79,7 +80,6 @@ def node(folder: Path, attempt: int, environment: Mapping[str, str]) -> int:
     if len(token) != _TOKEN_DIGITS:
         raise BringUpError("srun handed no token to this task: start it by slurm/job.sh.")
     post = Post(allocation, order, Ports.of(allocation.job, attempt), folder, token)
-    os.umask(0o077)
     if allocation.rank:
         return asyncio.run(follow(post))
     code = asyncio.run(lead(post))
@@ -211,15 +211,13 @@ def _note_start(run: RunDir, allocation: Allocation, mark: str) -> None:
 
 def _idle_starts(path: Path, job: int, mark: str) -> int:
     """How many starts of ``job``, back from the last one, began where ``mark`` still is."""
-    try:
-        notes = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError):
-        return 0
     count = 0
-    for note in reversed(notes):
-        if (note["job"], note["mark"]) != (job, mark):
-            break
-        count += 1
+    for line in reversed(path.read_text().splitlines() if path.is_file() else []):
+        with suppress(ValueError, KeyError):  # torn by a crash
+            note = json.loads(line)
+            if (note["job"], note["mark"]) != (job, mark):
+                break
+            count += 1
     return count
 
 
@@ -247,7 +245,8 @@ def _verdict(order: Order, allocation: Allocation, code: int) -> str:
 def _write_verdict(folder: Path, attempt: int, code: int, verdict: str) -> None:
     path = folder / f"verdict-{attempt}"
     part = path.with_suffix(".part")
-    part.write_text(f"{code} {verdict}\n")
+    with private_files():
+        part.write_text(f"{code} {verdict}\n")
     part.rename(path)
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpldm_dist.errors import ConfigError
+from dpldm_dist.runtime.rundir import private_files
 from dpldm_dist.runtime.slurm_job import Ports
 
 _PREFIX = "dpldm-slurm-"
@@ -129,7 +130,9 @@ async def ray_here(
 
     Afterwards none of its processes is left, and its logs lie in ``logs``.
     """
-    logs.mkdir(parents=True, exist_ok=True)
+    with private_files():
+        logs.mkdir(parents=True, exist_ok=True)
+        (logs / "ray-start.log").touch()
     _adopt_orphans()
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
@@ -150,6 +153,7 @@ async def ray_here(
             stdout=log,
             stderr=log,
             start_new_session=True,  # signals of Slurm are for the task alone
+            umask=0o077,
         )
     try:
         yield RayNode(process, logs / "ray-start.log")
@@ -180,7 +184,8 @@ def collect_logs(source: Path, target: Path) -> None:
             file.seek(max(0, size - _MOST_LOG_BYTES))
             content = file.read(_MOST_LOG_BYTES)
             if content:
-                (target / path.name).write_bytes(content)
+                with private_files():
+                    (target / path.name).write_bytes(content)
 
 
 def end_descendants() -> None:

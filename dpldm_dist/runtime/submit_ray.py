@@ -92,16 +92,12 @@ def submit(job: Submission, *, stage: str, wait: bool, patience_s: float) -> Non
     """Send ``job``; with ``wait``, print its log and end as it ends.
 
     Ctrl-C or SIGTERM asks the job to save and stop; once more leaves it to itself.
-    ``patience_s``: how long the cluster may not answer while the job runs.
+    ``patience_s``: how long the cluster may not answer, at the start and while the job runs.
     Raises: an error with the exit code of the job; ConfigError if the cluster refuses our token;
     BringUpError if it does not answer.
     """
     client = _client(job.address)
-    number = client.submit_job(
-        entrypoint=job.command,
-        submission_id=f"dpldm-{stage}-{secrets.token_hex(4)}",
-        runtime_env={"env_vars": job.environment},
-    )
+    number = _send(client, job, f"dpldm-{stage}-{secrets.token_hex(4)}", patience_s)
     _say(f"Job {number} at {job.address}. To stop it from elsewhere: ray job stop {number}")
     if not wait:
         return
@@ -211,6 +207,29 @@ def _client(address: str) -> Any:
             "cluster runs and can be reached from here (from outside, by an SSH tunnel: "
             "cluster/README.md)."
         ) from None
+
+
+def _send(client: Any, job: Submission, number: str, patience_s: float) -> str:
+    """Submit ``job`` under the name ``number``. A cluster that has just started may take a while.
+
+    Raises: BringUpError.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return client.submit_job(
+                entrypoint=job.command,
+                submission_id=number,
+                runtime_env={"env_vars": job.environment},
+            )
+        except (OSError, RuntimeError) as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                said = str(error).strip().splitlines() or [type(error).__name__]
+                raise BringUpError(
+                    f"The cluster at {job.address} does not take the job ({said[0][:200]}). See "
+                    "whether it is whole (ray status) and of the same version of Ray."
+                ) from None
+        time.sleep(_ASK_EVERY_S)
 
 
 def _settings(tree: dict[str, Any], path: list[str]) -> Iterator[tuple[str, Any]]:

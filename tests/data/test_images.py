@@ -170,6 +170,13 @@ def test_a_wrong_tar_is_answered_with_its_name(tmp_path, members, answer):
     assert "t.tar" in str(error.value)
 
 
+@pytest.mark.parametrize("facts", [{"unit": ["p"]}, {"unit": True}, {"unit": 1.0}, {"caption": {}}])
+def test_a_unit_or_caption_that_is_none_is_refused(tmp_path, facts):
+    members = {"a.png": PNG, "a.json": json.dumps({"label": 1, **facts}).encode()}
+    with pytest.raises(DataError, match=r"a\.json has a caption or unit that is none"):
+        opened(write_tar(tmp_path / "t.tar", members))
+
+
 def test_a_key_repeated_in_another_tar_is_refused(tmp_path):
     for n in range(2):
         write_tar(tmp_path / f"t{n}.tar", {"a.png": PNG, "a.cls": b"1"})

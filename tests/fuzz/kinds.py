@@ -662,6 +662,15 @@ def _damaged_ledger(folder: Path, dice: Random, marker: Path) -> Damage:
         nobody_noted_its_head = chained and path.name == "budget.jsonl"
         return Damage(f"line {at + 1}: {what}", touched, vouched=nobody_noted_its_head)
 
+    def plausible(chained: bool) -> Damage:
+        """An entry that could stand there, and says that less was spent, or something else."""
+        entries = [json.loads(line) for line in whole.splitlines()]
+        body = dice.choice([entry["body"] for entry in entries])
+        what = _rewrite_entry(body, dice)
+        path.write_bytes(_chained(entries) if chained else _as_lines(entries))
+        nobody_noted_its_head = chained and path.name == "budget.jsonl"
+        return Damage(what, touched, vouched=nobody_noted_its_head)
+
     def cut() -> Damage:
         lines = whole.splitlines(keepends=True)
         at = dice.randrange(len(lines))
@@ -691,9 +700,26 @@ def _damaged_ledger(folder: Path, dice: Random, marker: Path) -> Damage:
         (5, text),
         (2, lambda: entry(chained=False)),
         (3, lambda: entry(chained=True)),
+        (1, lambda: plausible(chained=False)),
+        (1, lambda: plausible(chained=True)),
         (2, cut),
         (1, odd),
     )
+
+
+def _rewrite_entry(body: dict[str, Any], dice: Random) -> str:
+    """Change a number or a digit of an entry by a little."""
+    names = [name for name, value in body.items() if name != "seq" and not isinstance(value, dict)]
+    name = dice.choice(names)
+    value = body[name]
+    if isinstance(value, str) and set(value) <= set("0123456789abcdef"):
+        at = dice.randrange(len(value))
+        body[name] = value[:at] + dice.choice("0123456789abcdef") + value[at + 1 :]
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        body[name] = value * 2 if isinstance(value, float) else value + 1
+    elif isinstance(value, list):
+        body[name] = [[sigma * 2, rate, count] for sigma, rate, count in value]
+    return f"{body['kind']}: {name} = {str(body[name])[:40]}"
 
 
 def _as_lines(entries: list[dict[str, Any]]) -> bytes:

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -299,6 +300,17 @@ def test_the_budget_pays_for_exactly_the_steps_it_was_calibrated_for():
     assert 0 < after_release < 100
     assert epsilon([GaussianEvent(sigma, 0.04, after_release), release], 1e-5) <= 1.0
     assert epsilon([GaussianEvent(sigma, 0.04, after_release + 1), release], 1e-5) > 1.0
+
+
+def test_asking_for_at_most_so_many_steps_gives_no_other_answer():
+    event = GaussianEvent(2.0, 0.04)
+    release = GaussianEvent(20.0, 1.0)
+    for spent in ((), (release,), (replace(event, count=30), release)):
+        budget = {"spent": spent, "epsilon": 1.0, "delta": 1e-5}
+        all_of_them = affordable_steps(event, **budget)
+        assert all_of_them > 2
+        for most in (0, 1, all_of_them - 1, all_of_them, all_of_them + 1, 10 * all_of_them):
+            assert affordable_steps(event, **budget, most=most) == min(most, all_of_them)
 
 
 def test_a_spent_budget_affords_nothing():

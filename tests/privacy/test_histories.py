@@ -471,8 +471,8 @@ def a_replay_is_charged_again(patch):
 
 
 def a_start_forgets_what_was_charged(patch):
-    def forgetful(event, *, spent, epsilon, delta):
-        return affordable_steps(event, spent=(), epsilon=epsilon, delta=delta)
+    def forgetful(event, *, spent, **budget):
+        return affordable_steps(event, spent=(), **budget)
 
     patch.setattr(ledger, "affordable_steps", forgetful)
 

@@ -299,6 +299,19 @@ def test_k_digests_cost_one_release_with_the_noise_over_sqrt_k(path):
     assert (summary.binds, summary.rebound, summary.epsilon) == (4, 1, spent)
 
 
+def test_what_was_asked_with_a_bound_does_not_change_what_is_affordable_later(path):
+    with charged(path, steps=0) as ledger:
+        fresh = affordable_steps(STEP, spent=(), epsilon=2.0, delta=1e-5)
+        for most in (2, 1, fresh + 1, 3):
+            assert ledger.affordable_steps(STEP, most=most) == min(most, fresh)
+    with charged(path, steps=0) as ledger:
+        assert ledger.affordable_steps(STEP, most=2) == 2
+        for step in range(fresh):  # beyond what was asked for, up to the budget
+            assert ledger.charge(STEP, "step", step)
+        with pytest.raises(BudgetReached):
+            ledger.charge(STEP, "step", fresh)
+
+
 def test_two_sums_of_a_sampled_step_cost_more_than_two_steps(path):
     step = GaussianEvent(0.8, 0.01)
     plan = {**PLAN, "epsilon": 8.0}

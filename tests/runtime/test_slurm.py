@@ -28,10 +28,11 @@ TOKEN = "ab" * 32
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
 CONFIG = '[run]\ndir = "{folder}/run"\nworkers = 3\n'
 DRIVER = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 stop, how, note = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 note.write_text(" ".join(sys.argv[4:]))
+note.chmod(0o666 & ~os.umask(0))
 if how.isdigit():
     sys.exit(int(how))
 while how == "deaf" or not stop.exists():
@@ -351,6 +352,15 @@ def test_only_what_another_start_may_mend_is_requeued(config, code, verdict):
     assert slurm._verdict(order, Allocation.read(JOB), code) == verdict
 
 
+def test_a_line_that_a_crash_has_torn_does_not_end_the_count(config, tmp_path):
+    for restart in range(3):
+        started(config, SLURM_RESTART_COUNT=str(restart))
+    with open(tmp_path / "run/private/slurm/starts.jsonl", "a") as notes:
+        notes.write('{"job": 7, "ma')
+    with pytest.raises(RunError, match="have changed nothing"):
+        started(config, SLURM_RESTART_COUNT="3")
+
+
 def test_the_third_idle_start_is_the_last(config, tmp_path, capsys):
     for restart in range(3):
         _, order = started(config, SLURM_RESTART_COUNT=str(restart))
@@ -532,13 +542,23 @@ def led(post: Post, *beside) -> int:
     return asyncio.run(both())
 
 
+@pytest.fixture
+def usual_umask():
+    previous = os.umask(0o022)
+    yield
+    os.umask(previous)
+
+
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 42])
-def test_the_exit_code_of_the_stage_is_that_of_the_start(post, monkeypatch, code, capfd):
+def test_the_exit_code_of_the_stage_is_that_of_the_start(
+    post, monkeypatch, code, capfd, usual_umask
+):
     note, task = drive(monkeypatch, post, str(code)), follower(post)
     assert led(post) == code
     assert task.wait(timeout=60) == 0, "followers end with the head, whatever the stage did"
     given = note.read_text()
     assert given.startswith("finetune ") and "run.workers=2" in given
+    assert stat.S_IMODE(note.stat().st_mode) == 0o644, "the stage has the user's umask"
     assert "127.0.0.1" in capfd.readouterr().out
 
 

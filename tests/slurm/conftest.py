@@ -31,6 +31,7 @@ def made_up_data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tiny_job(slurm, tmp_path, made_up_data) -> Callable[[str], TinyJob]:
-    """``tiny_job(name)``: a run directory and a config of its own."""
-    return lambda name: TinyJob(slurm, tmp_path / name, made_up_data)
+def tiny_job(slurm, tmp_path, made_up_data) -> Iterator[Callable[[str], TinyJob]]:
+    """``tiny_job(name)``: a run directory and a config of its own. No job outlives its test."""
+    yield lambda name: TinyJob(slurm, tmp_path / name, made_up_data)
+    slurm.clear()

@@ -154,10 +154,16 @@ class SlurmSandbox:
     def state(self, number: int | str) -> str:
         return self.job(number)["JobState"]
 
-    def wait(self, number: int | str, *states: str, timeout_s: float = 300) -> dict[str, str]:
+    def wait(self, number: int | str, *states: str, timeout_s: float = 900) -> dict[str, str]:
         """Until the job is in one of ``states``, and Slurm is done with its nodes."""
         self.until(lambda: self.state(number) in states, f"job {number} {states}", timeout_s)
         return self.job(number)
+
+    def clear(self) -> None:
+        """End all jobs."""
+        if self.run("squeue", "-h"):
+            self.run("scancel", "--user=root")
+            self.until(lambda: not self.run("squeue", "-h"), "all jobs have ended")
 
     def until(
         self, done: Callable[[], bool], what: str, timeout_s: float = 120, every_s: float = 0.3

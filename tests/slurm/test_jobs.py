@@ -20,7 +20,7 @@ def test_two_jobs_share_two_nodes_and_each_uses_both(slurm, tiny_job):
     runs = [tiny_job("a"), tiny_job("b")]
     jobs = [run.submit("--nodes=2", "--cpus-per-task=1") for run in runs]
     for run, job in zip(runs, jobs, strict=True):
-        ended = slurm.wait(job, "COMPLETED", "FAILED", timeout_s=500)
+        ended = slurm.wait(job, "COMPLETED", "FAILED")
         assert ended["ExitCode"] == "0:0", run.output()
         assert ended["NodeList"] == "node[1-2]", "both jobs held both nodes"
         assert "for 2 workers" in run.output()
@@ -35,6 +35,7 @@ def test_two_jobs_share_two_nodes_and_each_uses_both(slurm, tiny_job):
             assert list((logs / node).glob("raylet*"))
         for path in [logs, *logs.rglob("*")]:
             assert path.stat().st_mode & 0o077 == 0, path
+        assert (run.run.release / "manifest.json").stat().st_mode & 0o044, "the user's umask"
     assert_nothing_is_left(slurm)
 
 
@@ -75,7 +76,7 @@ def test_a_preempted_or_timed_out_job_saves_is_requeued_and_loses_no_step(slurm,
         *("--output=/dev/null", "--wrap=true"),
     )
     slurm.wait(urgent, "COMPLETED")
-    slurm.until(lambda: slurm.job(job)["Restarts"] == "1", "requeued once", 200)
+    slurm.until(lambda: slurm.job(job)["Restarts"] == "1", "requeued once", 600)
     assert "3 of 8 noisy steps saved" in run.output(), run.output()
 
     run.until_held(job)
@@ -84,7 +85,7 @@ def test_a_preempted_or_timed_out_job_saves_is_requeued_and_loses_no_step(slurm,
     ran_min = 60 * hours + minutes + seconds / 60
     limit = math.ceil(ran_min) + 1  # 1 to 2 minutes are left: B:USR1@120 is due
     slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
-    slurm.until(lambda: slurm.job(job)["Restarts"] == "2", "requeued twice", 200)
+    slurm.until(lambda: slurm.job(job)["Restarts"] == "2", "requeued twice", 600)
     assert "6 of 8 noisy steps saved" in run.output(), run.output()
 
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=50")
@@ -106,7 +107,7 @@ def test_a_lost_node_requeues_the_job_which_goes_on_when_the_node_is_back(slurm,
     run.forget_waiting()
     run.hold_at(6)
     slurm.unplug("node2")
-    slurm.until(lambda: slurm.job(job)["Restarts"] == "1", "requeued once", 200)
+    slurm.until(lambda: slurm.job(job)["Restarts"] == "1", "requeued once", 600)
     assert "node2" in run.output() and "Nothing was heard" in run.output(), run.output()
     slurm.plug("node2")
     run.until_held(job)
@@ -114,9 +115,9 @@ def test_a_lost_node_requeues_the_job_which_goes_on_when_the_node_is_back(slurm,
     run.forget_waiting()
     run.hold_at(STEPS)
     slurm.kill("node1")  # where the job script and the driver run
-    slurm.until(lambda: slurm.job(job)["Restarts"] == "2", "requeued twice", 200)
+    slurm.until(lambda: slurm.job(job)["Restarts"] == "2", "requeued twice", 600)
     slurm.boot("node1")
-    ended = slurm.wait(job, "COMPLETED", "FAILED", timeout_s=500)
+    ended = slurm.wait(job, "COMPLETED", "FAILED")
     assert ended["ExitCode"] == "0:0", run.output()
     ledger = run.ledger()
     assert (ledger.steps, ledger.attempts, ledger.starts) == (STEPS, 1, 3)

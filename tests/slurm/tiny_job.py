@@ -76,7 +76,7 @@ class TinyJob:
             assert not ended, self.output()
             return len(list(self.folder.glob("waiting-*"))) == workers
 
-        self.slurm.until(held, f"all workers wait before a step: {self.output()}", 300)
+        self.slurm.until(held, f"all workers wait before a step: {self.output()}", 900)
 
     def forget_waiting(self) -> None:
         """What dead workers left."""

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from dpldm_dist import cli
+from dpldm_dist.models import directory
 from dpldm_dist.privacy.chain import ChainFile
 from dpldm_dist.privacy.ledger import PrivacyLedger, SharedLedger
 from dpldm_dist.privacy.optimizer import NoisySum
@@ -34,7 +36,6 @@ from dpldm_dist.stages.finetune.state import TrainingState
 from tests.soak.bugs import plant
 
 TRIAL = "a step without records"  # the self-check of a start, which is about no data
-TORN = "in the middle of a line of the ledger"
 OF_A_STEP = (
     "before the charge",
     "after the charge",
@@ -44,16 +45,16 @@ OF_A_STEP = (
     "after the update",
 )
 """Places that every worker passes once in a step; worker 0 alone comes to the others."""
-OTHERS = {
-    TORN: 24,
-    "before a checkpoint": 3,
-    "at a sync of a checkpoint": 6,
-    "before the model": 1,
-    "before the manifest": 1,
-    "before the seal": 1,
-    "before the end of the key": 1,
-}
-"""The other places, and about how often a life passes them."""
+TORN = "in the middle of a line of the ledger"
+OF_A_CHECKPOINT = {"before a checkpoint": 1, "at a sync of a checkpoint": 2}
+"""And how often each of them is passed for one checkpoint."""
+OF_THE_END = (
+    "before the model",
+    "before the model gets its name",
+    "before the manifest",
+    "before the seal",
+    "before the end of the key",
+)
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,14 @@ class Place:
 @dataclass(frozen=True)
 class Errand:
     """What a life is about. ``notes``: where its processes say what they do; they hold it open
-    until they are gone. ``bug``: a planted one, see ``bugs.py``. ``health_every``: steps after
+    until they are gone. ``temporary``: where temporary files belong. ``bug``: a planted one, see ``bugs.py``. ``health_every``: steps after
     which worker 0 notes its memory and open files, 0 for never."""
 
     arguments: tuple[str, ...]
     workers: int
     notes: Connection
     log: Path
+    temporary: Path
     die_at: Place | None = None
     bug: str | None = None
     health_every: int = 0
@@ -89,6 +91,7 @@ def drive(errand: Errand) -> None:
     """The life of the driver, which with one worker is the worker."""
     global _errand
     _errand = errand
+    tempfile.tempdir = os.environ["TMPDIR"] = str(errand.temporary)
     _write_into(errand.log)
     launch_local.multiprocessing = _Forking
     launch_local._work = _work
@@ -163,6 +166,7 @@ def _mark_places(rank: int) -> None:
         (Checkpoints, "_write", "before a checkpoint", None),
         (checkpoint, "fsync_folder", "at a sync of a checkpoint", None),
         (publication, "save_model", "before the model", None),
+        (directory, "_replace", "before the model gets its name", None),
         (publication, "describe_files", "before the manifest", None),
         (PrivacyLedger, "seal", "before the seal", None),
         (RunDir, "destroy_key", "before the end of the key", None),

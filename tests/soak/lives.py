@@ -14,12 +14,20 @@ from pathlib import Path
 from unittest.mock import patch
 
 from dpldm_dist.config import Config
-from tests.soak.inside import OF_A_STEP, OTHERS, Errand, Place, drive
+from tests.soak.inside import (
+    OF_A_CHECKPOINT,
+    OF_A_STEP,
+    OF_THE_END,
+    TORN,
+    Errand,
+    Place,
+    drive,
+)
 from tests.soak.tiny import arguments
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 600.0  # a life that takes longer hangs
-_START_STEPS = 10  # a start takes about as long as so many steps
+START_STEPS = 10  # a start takes about as long as so many steps
 _POLL_S = 0.002
 
 
@@ -49,12 +57,18 @@ class Life:
 
 
 class Nest:
-    """Where lives begin: a process that has everything imported, and forks the drivers."""
+    """Where lives begin: a process that has everything imported, and forks the drivers.
+
+    ``temporary``: where all of them would put temporary files.
+    """
 
     def __init__(self, folder: Path):
         self._folder = folder
+        self.temporary = folder / "temporary"
+        self.temporary.mkdir()
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.soak.warm"])
+        # pytest: a child imports the program that its parent began with
+        self._context.set_forkserver_preload(["pytest", "tests.soak.warm"])
         self._lives = 0
 
     def live(
@@ -75,6 +89,7 @@ class Nest:
             workers=workers,
             notes=theirs,
             log=log,
+            temporary=self.temporary,
             die_at=death if isinstance(death, Place) else None,
             bug=bug,
             health_every=health_every,
@@ -137,19 +152,34 @@ def _cpu_s(pid: int) -> float:
         return 0.0
 
 
-def any_death(chance: random.Random, *, workers: int, cpu_s: float, steps: int) -> Kill | Place:
+def any_death(
+    chance: random.Random,
+    config: Config,
+    *,
+    workers: int,
+    steps: int,
+    step_cpu_s: float,
+    to_the_end: bool,
+) -> Kill | Place:
     """A random moment for a random process: any at all, or one at which much is at stake.
 
-    ``cpu_s``: what worker 0 of an uninterrupted life takes, ``steps`` how many are left to do.
+    ``steps``: within how many steps, ``step_cpu_s``: CPU time of worker 0 for one, ``to_the_end``:
+    whether these are all that are left.
     """
-    match chance.choice(("any moment", "any moment", "in a step", "elsewhere")):
-        case "any moment":
-            return Kill(chance.choice([None, *range(workers)]), chance.uniform(0.0, cpu_s))
-        case "in a step":
+    match chance.choices(("any", "step", "line", "checkpoint", "end"), (4, 2, 1, 1, 1))[0]:
+        case "step":
             name, rank = chance.choice(OF_A_STEP), chance.randrange(workers)
             return Place(name, chance.randint(1, steps), rank)
-    name = chance.choice([*OTHERS])
-    return Place(name, chance.randint(1, OTHERS[name]))
+        case "line":
+            return Place(TORN, chance.randint(1, 2 * steps))
+        case "checkpoint":
+            name = chance.choice([*OF_A_CHECKPOINT])
+            passed = OF_A_CHECKPOINT[name] * (1 + steps // config.run.checkpoint_every)
+            return Place(name, chance.randint(1, passed))
+        case "end" if to_the_end:
+            return Place(chance.choice(OF_THE_END))
+    moment_s = chance.uniform(0.0, (steps + START_STEPS) * step_cpu_s)
+    return Kill(chance.choice([None, *range(workers)]), moment_s)
 
 
 def crew(config: Config, workers: int) -> Config:
@@ -158,16 +188,35 @@ def crew(config: Config, workers: int) -> Config:
 
 
 def lives_until_done(
-    nest: Nest, config: Config, chance: random.Random, *, cpu_s: float, bug: str | None = None
+    nest: Nest,
+    config: Config,
+    chance: random.Random,
+    *,
+    step_cpu_s: float,
+    before: Sequence[Life] = (),
+    kills: int | None = None,
 ) -> list[Life]:
-    """All starts of a run, each on 1, 2 or 3 workers: killed ones, and the one that finishes it."""
-    lives: list[Life] = []
+    """All starts of a run, each on 1, 2 or 3 workers: killed ones, and the one that finishes it.
+
+    ``before``: lives that it had. ``kills``: spread about so many over the run; None: kill it as
+    long as it lives.
+    """
+    lives = [*before]
     while not lives or lives[-1].killed:
-        workers = chance.choice((1, 2, 3))
-        steps = steps_left(config, lives)
-        share = (steps + _START_STEPS) / (config.finetune.steps + _START_STEPS)
-        death = any_death(chance, workers=workers, cpu_s=share * cpu_s, steps=steps)
-        lives.append(nest.live(crew(config, workers), death=death, bug=bug))
+        workers, left = chance.choice((1, 2, 3)), steps_left(config, lives)
+        death, steps = None, left
+        if kills is not None and kills > len(lives):
+            steps = min(left, 1 + round(1.6 * left / (kills - len(lives))))
+        if kills is None or kills > len(lives):
+            death = any_death(
+                chance,
+                config,
+                workers=workers,
+                steps=steps,
+                step_cpu_s=step_cpu_s,
+                to_the_end=steps == left,
+            )
+        lives.append(nest.live(crew(config, workers), death=death))
     return lives
 
 

@@ -25,12 +25,11 @@ from dpldm_dist.privacy.ledger import read_ledger
 from dpldm_dist.runtime.rundir import RunDir
 from tests.soak.bugs import BUGS
 from tests.soak.inside import Place
-from tests.soak.lives import LIMIT_S, Nest, crew, lives_until_done
-from tests.soak.tiny import STEPS, Tiny, arguments
+from tests.soak.lives import LIMIT_S, START_STEPS, Nest, crew, lives_until_done
+from tests.soak.tiny import OWN_KEY, STEPS, Tiny, arguments
 from tests.soak.verdict import faults, released_files
 
 ROOT = Path(__file__).parents[2]
-OWN_KEY = {"run": {"unsafe_test_key": None}}
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +44,11 @@ def nest(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unbroken(tiny, nest):
-    """What a run of the fixed key releases when nothing happens to it, and its CPU time."""
+    """What a run of the fixed key releases when nothing happens to it, and its CPU time per step."""
     config = tiny.config("unbroken")
     life = nest.live(config)
     assert life.exit_code == 0, life.log
-    return released_files(RunDir(config.run.dir)), life.cpu_s
+    return released_files(RunDir(config.run.dir)), life.cpu_s / (STEPS + START_STEPS)
 
 
 # --- kill -9 --------------------------------------------------------------------------------------
@@ -57,10 +56,10 @@ def unbroken(tiny, nest):
 
 def test_35_random_kills_change_no_bit_of_what_a_run_of_a_fixed_key_releases(tiny, nest, unbroken):
     chance, kills, runs = random.Random(0), 0, 0
-    released, cpu_s = unbroken
+    released, step_cpu_s = unbroken
     while kills < 35:
         config, runs = tiny.config(f"fixed-{runs}"), runs + 1
-        lives = lives_until_done(nest, config, chance, cpu_s=cpu_s)
+        lives = lives_until_done(nest, config, chance, step_cpu_s=step_cpu_s)
         assert faults(config, lives, released) == []
         kills += sum(life.killed for life in lives)
     assert runs > 1
@@ -78,7 +77,7 @@ def test_15_random_kills_change_no_bit_of_what_a_run_of_its_own_key_releases(tin
         twin = tiny.config(f"twin-{runs}", run={**OWN_KEY["run"], "dir": f"{config.run.dir}-twin"})
         shutil.copytree(config.run.dir, twin.run.dir)
         assert nest.live(twin).exit_code == 0
-        lives = [first, *lives_until_done(nest, config, chance, cpu_s=unbroken[1])]
+        lives = lives_until_done(nest, config, chance, step_cpu_s=unbroken[1], before=[first])
         assert faults(config, lives, released_files(RunDir(twin.run.dir))) == []
         kills += sum(life.killed for life in lives)
 

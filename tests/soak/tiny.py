@@ -20,6 +20,7 @@ STEPS = 12
 # Just enough for so many steps and one release of statistics, by calibrate_noise_multiplier: with
 # one charge more, a step would be missing.
 NOISE = {STEPS: 0.3744, 30: 0.4613}
+OWN_KEY = {"run": {"unsafe_test_key": None}}
 
 
 @dataclass(frozen=True)

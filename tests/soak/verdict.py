@@ -36,8 +36,9 @@ def faults(config: Config, lives: Sequence[Life], released: dict[str, str]) -> l
     found += [f"{name} is not as in the uninterrupted run" for name in sorted(names)]
     if run.key.exists():
         found.append("the key is still there")
-    if list(run.checkpoints.glob(".*")):
-        found.append("a part of a checkpoint was left behind")
+    found += [
+        f"{path} was left behind" for path in sorted(run.root.rglob("*")) if _unfinished(path)
+    ]
     return found
 
 
@@ -49,6 +50,10 @@ def released_files(run: RunDir) -> dict[str, str]:
         for path in files
         if path.relative_to(run.release).parts[0] not in ("tensorboard", "manifest.json")
     }
+
+
+def _unfinished(path: Path) -> bool:
+    return any(mark in path.name for mark in (".part", ".partial", ".gone-", ".old"))
 
 
 def _unexpected_ends(lives: Sequence[Life]) -> list[str]:

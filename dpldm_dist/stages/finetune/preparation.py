@@ -172,8 +172,9 @@ def steps_left(plan: PrivacyPlan, ledger: SharedLedger, *, since: int) -> int:
     """How many steps may run from ``since`` on: those of this attempt that are paid for already,
     then what the budget pays for, and what ``overflow_delta`` covers."""
     charged = sum(e.count for e in ledger.events() if e.sample_rate == plan.sample_rate)
-    more = min(ledger.affordable_steps(plan.step_event), plan.most_charges - charged)
-    return ledger.paid_steps(since) + max(0, more)
+    paid = ledger.paid_steps(since)
+    wanted = max(0, min(plan.steps - since - paid, plan.most_charges - charged))
+    return paid + ledger.affordable_steps(plan.step_event, most=wanted)
 
 
 def public_model_dir(config: Config, run: RunDir) -> Path:
