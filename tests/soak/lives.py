@@ -28,6 +28,7 @@ from tests.soak.tiny import arguments
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 600.0  # a life that takes longer hangs
 START_STEPS = 10  # a start takes about as long as so many steps
+_SHARE = 0.6  # of a life within which it is killed: with more workers it is shorter
 _POLL_S = 0.002
 
 
@@ -178,7 +179,7 @@ def any_death(
             return Place(name, chance.randint(1, passed))
         case "end" if to_the_end:
             return Place(chance.choice(OF_THE_END))
-    moment_s = chance.uniform(0.0, (steps + START_STEPS) * step_cpu_s)
+    moment_s = chance.uniform(0.0, _SHARE * (steps + START_STEPS) * step_cpu_s)
     return Kill(chance.choice([None, *range(workers)]), moment_s)
 
 
