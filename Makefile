@@ -4,13 +4,21 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test fuzz lint clean
+.PHONY: demo test slow soak fuzz lint clean
 
 demo: $(READY)
 	$(BIN)/dpldm demo --config configs/demo.toml
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The tests that take many minutes.
+slow: $(READY)
+	$(BIN)/python -m pytest -m soak
+
+# Twenty thousand steps, two hundred kills; prints a table and writes a JSON.
+soak: $(READY)
+	$(BIN)/python -m tests.soak
 
 # 10,000 damaged and hostile inputs of every kind; prints a table (about half an hour).
 fuzz: $(READY)

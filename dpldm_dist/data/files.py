@@ -57,6 +57,16 @@ def new_file(path: Path, *, private: bool) -> Iterator[BinaryIO]:
             partial.unlink()
 
 
+def clear_partials(folder: Path) -> None:
+    """Remove what was being written below ``folder`` by processes that were killed.
+
+    For a folder with one writer at a time, before it writes.
+    """
+    for path in folder.rglob(".*.partial"):
+        with suppress(OSError):
+            path.unlink()
+
+
 def write_file(path: Path, payload: bytes, *, private: bool) -> None:
     """Write ``payload`` to ``path``, whole or not at all. Raises: RunError."""
     with new_file(path, private=private) as file:

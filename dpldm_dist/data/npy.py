@@ -7,6 +7,7 @@ writer makes, so that no header is ever parsed and nothing can be unpickled.
 from __future__ import annotations
 
 import io
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -38,7 +39,7 @@ def npy_array(payload: bytes, *, dtype: type, shape: tuple[int, ...], name: str)
     """The array in ``payload``, read-only. Raises: DataError, naming ``name``, unless it is exactly
     an array of ``dtype`` and ``shape`` in our form."""
     header = npy_header(np.dtype(dtype), tuple(shape))
-    numbers = int(np.prod(shape, dtype=np.int64))
+    numbers = math.prod(shape)  # of any size: a hostile manifest may have named it
     if (
         len(payload) != len(header) + numbers * np.dtype(dtype).itemsize
         or payload[: len(header)] != header

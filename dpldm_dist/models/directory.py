@@ -81,10 +81,10 @@ def save_model(
 
     Adapters in the UNet are folded into its weights. ``text_encoder_from`` is a directory whose
     text_encoder/ and tokenizer/ are copied along. The folder appears complete or not at all; one
-    that exists is replaced.
+    that exists is replaced, and what a killed save left beside it goes. One writer at a time.
     """
     folder = Path(folder)
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    part = folder.with_name(f"{folder.name}.part")  # one name: what a kill leaves, the next clears
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
@@ -239,7 +239,8 @@ def _forget_origin(path: Path) -> None:
 
 
 def _replace(part: Path, folder: Path) -> None:
-    old = folder.with_name(f"{folder.name}.{os.getpid()}.old")
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)
     os.rename(part, folder)

@@ -7,6 +7,7 @@ import os
 import shutil
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +204,14 @@ def test_content_digests_are_the_same_from_the_table_and_from_the_images(folder)
     files = {name: facts for name, facts in manifest.files.items() if name != CONTENT}
     Manifest("images", manifest.facts, files).write(folder)
     assert content_digests(folder) == from_table and len(from_table) == 50
+
+
+@pytest.mark.parametrize("images", [51, 0, -1, 2**62, 10**30, True, "50", None])
+def test_content_digests_of_another_number_of_images_are_refused(folder, images):
+    manifest = Manifest.read(folder, "images")
+    replace(manifest, facts={**manifest.facts, "images": images}).write(folder)
+    with pytest.raises(DataError, match="again"):
+        content_digests(folder)
 
 
 def test_a_full_disk_leaves_no_shard(tmp_path):

@@ -97,6 +97,14 @@ def test_saving_replaces_an_older_model_and_leaves_nothing_beside_it(tmp_path):
     assert torch.equal(load_model(tmp_path / "model").rows_NTD, changed.embedder.rows())
 
 
+def test_saving_clears_what_a_killed_save_left_beside_it(tmp_path):
+    for name in ("model.part", "model.old"):
+        (tmp_path / name / "unet").mkdir(parents=True)
+    save(tmp_path / "model", tiny_denoiser())
+    save(tmp_path / "model", tiny_denoiser())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_model_that_was_loaded_does_not_tell_where_it_lay(tmp_path):
     save(tmp_path / "first", tiny_denoiser())
     loaded = load_model(tmp_path / "first")

@@ -108,6 +108,7 @@ def test_workers_follow_a_cluster_that_shrinks_and_grows_and_release_the_same_bi
     assert "room for 2 worker(s) now" in told
 
 
+@pytest.mark.soak
 def test_a_machine_that_is_taken_away_and_not_replaced_leaves_a_saved_run_and_code_75(
     cluster, tmp_path
 ):
@@ -126,6 +127,7 @@ def test_a_machine_that_is_taken_away_and_not_replaced_leaves_a_saved_run_and_co
     assert [start["from"] for start in stages.starts(tmp_path)] == [0, 8]
 
 
+@pytest.mark.soak
 def test_a_machine_that_dies_and_is_not_replaced_ends_the_run_with_code_71(cluster, tmp_path):
     config, private = fixed_config(tmp_path, cluster), RunDir(tmp_path).create().private
     stages.give_order(tmp_path, "wait", step=7)

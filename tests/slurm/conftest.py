@@ -13,7 +13,7 @@ from tests.slurm.tiny_job import TinyJob
 from tests.stages.tiny_run import latent_shards, public_model
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not longer: a machine has one at a time
 def slurm(tmp_path_factory) -> Iterator[SlurmSandbox]:
     reason = why_not()
     if reason is not None:

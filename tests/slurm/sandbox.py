@@ -99,7 +99,11 @@ class SlurmSandbox:
 
     def __enter__(self) -> SlurmSandbox:
         self._lock = os.open(_LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)  # waits for another one to end
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("Waiting for another Slurm sandbox on this machine to end.", file=sys.stderr)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.root = Path(tempfile.mkdtemp(prefix="dpldm-slurm-", dir="/run"))
         self.root.chmod(0o755)
         try:

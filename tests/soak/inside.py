@@ -24,12 +24,10 @@ from typing import Any
 import torch
 
 from dpldm_dist import cli
-from dpldm_dist.models import directory
 from dpldm_dist.privacy.chain import ChainFile
 from dpldm_dist.privacy.ledger import PrivacyLedger, SharedLedger
 from dpldm_dist.privacy.optimizer import NoisySum
-from dpldm_dist.runtime import checkpoint, launch_local
-from dpldm_dist.runtime.checkpoint import Checkpoints
+from dpldm_dist.runtime import launch_local
 from dpldm_dist.runtime.rundir import RunDir
 from dpldm_dist.stages.finetune import publication
 from dpldm_dist.stages.finetune.state import TrainingState
@@ -46,11 +44,9 @@ OF_A_STEP = (
 )
 """Places that every worker passes once in a step; worker 0 alone comes to the others."""
 TORN = "in the middle of a line of the ledger"
-OF_A_CHECKPOINT = {"before a checkpoint": 1, "at a sync of a checkpoint": 2}
-"""And how often each of them is passed for one checkpoint."""
+SYNC, RENAME = "before a file is on disk", "before a file has its name"
 OF_THE_END = (
     "before the model",
-    "before the model gets its name",
     "before the manifest",
     "before the seal",
     "before the end of the key",
@@ -70,8 +66,9 @@ class Place:
 @dataclass(frozen=True)
 class Errand:
     """What a life is about. ``notes``: where its processes say what they do; they hold it open
-    until they are gone. ``temporary``: where temporary files belong. ``bug``: a planted one, see ``bugs.py``. ``health_every``: steps after
-    which worker 0 notes its memory and open files, 0 for never."""
+    until they are gone. ``temporary``: where temporary files belong. ``bug``: a planted one, see
+    ``bugs.py``. ``health_every``: steps after which worker 0 notes its memory and open files, 0 for
+    never."""
 
     arguments: tuple[str, ...]
     workers: int
@@ -163,10 +160,10 @@ def _mark_places(rank: int) -> None:
         (SharedLedger, "charge", "before the charge", "after the charge"),
         (SharedLedger, "bind", "before the bind", "after the bind"),
         (TrainingState, "tick", None, "after the update"),
-        (Checkpoints, "_write", "before a checkpoint", None),
-        (checkpoint, "fsync_folder", "at a sync of a checkpoint", None),
+        (os, "fsync", SYNC, None),
+        (os, "rename", RENAME, None),
+        (os, "replace", RENAME, None),
         (publication, "save_model", "before the model", None),
-        (directory, "_replace", "before the model gets its name", None),
         (publication, "describe_files", "before the manifest", None),
         (PrivacyLedger, "seal", "before the seal", None),
         (RunDir, "destroy_key", "before the end of the key", None),

@@ -10,14 +10,17 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest.mock import patch
 
 from dpldm_dist.config import Config
 from tests.soak.inside import (
-    OF_A_CHECKPOINT,
     OF_A_STEP,
     OF_THE_END,
+    RENAME,
+    SYNC,
     TORN,
     Errand,
     Place,
@@ -112,7 +115,7 @@ class Nest:
         return life
 
 
-def _follow(life: Life, driver, notes, kill: Kill | None) -> None:
+def _follow(life: Life, driver: BaseProcess, notes: Connection, kill: Kill | None) -> None:
     """Take notes until all processes of the life are gone; end one of them when its time comes."""
     pids: dict[int | None, int] = {None: driver.pid}
     started = time.monotonic()
@@ -167,15 +170,16 @@ def any_death(
     ``steps``: within how many steps, ``step_cpu_s``: CPU time of worker 0 for one, ``to_the_end``:
     whether these are all that are left.
     """
-    match chance.choices(("any", "step", "line", "checkpoint", "end"), (4, 2, 1, 1, 1))[0]:
+    match chance.choices(("any", "step", "line", "disk", "end"), (4, 2, 1, 2, 1))[0]:
         case "step":
             name, rank = chance.choice(OF_A_STEP), chance.randrange(workers)
             return Place(name, chance.randint(1, steps), rank)
         case "line":
             return Place(TORN, chance.randint(1, 2 * steps))
-        case "checkpoint":
-            name = chance.choice([*OF_A_CHECKPOINT])
-            passed = OF_A_CHECKPOINT[name] * (1 + steps // config.run.checkpoint_every)
+        case "disk":
+            checkpoints = 1 + steps // config.run.checkpoint_every
+            syncs, renames = 2 * steps + 6 * checkpoints, checkpoints + to_the_end
+            name, passed = chance.choice(((SYNC, syncs), (RENAME, renames)))
             return Place(name, chance.randint(1, passed))
         case "end" if to_the_end:
             return Place(chance.choice(OF_THE_END))

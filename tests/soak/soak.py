@@ -113,7 +113,7 @@ def _nobodys(paths: set[Path]) -> set[Path]:
 
 
 def _config(tiny: Tiny, name: str, steps: int) -> Config:
-    finetune = {"batch": 4}
+    finetune = {"batch": 3}
     checkpoints = {"checkpoint_every": 20, **OWN_KEY["run"]}
     config = tiny.config(name, steps=steps, finetune=finetune, run=checkpoints)
     noise = {"noise_multiplier": plan_of(config, records=80).noise_multiplier}

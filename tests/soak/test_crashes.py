@@ -129,6 +129,17 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_nothing_but_time(tiny, nes
     assert faults(config, lives, unbroken[0]) == []
 
 
+def test_what_a_kill_leaves_half_written_in_a_release_is_gone_at_the_end(tiny, nest, unbroken):
+    config = tiny.config("half-written")
+    lives = [nest.live(config, death=Place("before the manifest"))]
+    release = RunDir(config.run.dir).release
+    (release / ".manifest.json.7.partial").write_text("{")
+    for name in ("model.part", "model.old"):
+        (release / name / "unet").mkdir(parents=True)
+    lives.append(nest.live(config))
+    assert faults(config, lives, unbroken[0]) == []
+
+
 def flip_a_bit(path: Path, chance: random.Random) -> None:
     content = bytearray(path.read_bytes())
     content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)

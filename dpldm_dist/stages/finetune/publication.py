@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dpldm_dist.config import Config
+from dpldm_dist.data.files import clear_partials
 from dpldm_dist.data.latents import LatentShards
 from dpldm_dist.data.manifest import MANIFEST, Manifest, describe_files, software
 from dpldm_dist.models.directory import LoadedModel, save_model
@@ -36,6 +37,7 @@ def publish(
     state.ema.copy_to()
     facts = _facts(config, plan, latents, state, ledger)
     if worker.rank == 0:
+        clear_partials(run.release)
         save_model(
             run.released_model,
             unet=state.denoiser.unet.cpu(),
