@@ -24,6 +24,10 @@ soak: $(READY)
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz --cases 10000
 
+# 20,000 noisy steps, half of them in a run that is killed 200 times; prints a table.
+soak: $(READY)
+	$(BIN)/python -m tests.soak --json build/soak.json
+
 lint: $(READY)
 	$(BIN)/python -m pip install --quiet "ruff>=0.9,<1"
 	$(BIN)/ruff check .

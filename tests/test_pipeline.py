@@ -119,7 +119,6 @@ def test_every_stage_leaves_what_the_readme_names(root, shown):
         "release/manifest.json",
         "release/samples/samples.npz",
         "private/ledger.jsonl",
-        "private/key",
         "private/evaluation.html",
     ):
         assert (run / name).is_file(), name

@@ -98,6 +98,7 @@ def save_model(
         _write_json(part / "model_index.json", _model_index(part, autoencoder))
         for config in part.glob("*/config.json"):
             _forget_origin(config)
+        _put_on_disk(part)
         _replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -236,6 +237,16 @@ def _forget_origin(path: Path) -> None:
     config = _read_json(path)
     if config.pop("_name_or_path", None) is not None:
         _write_json(path, config)
+
+
+def _put_on_disk(folder: Path) -> None:
+    """A name that is on disk must not, after a power cut, stand for files that are not."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _replace(part: Path, folder: Path) -> None:

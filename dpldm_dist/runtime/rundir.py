@@ -174,6 +174,8 @@ class RunDir:
                 file.write(bytes(KEY_BYTES))
                 file.flush()
                 os.fsync(file.fileno())
+            for part in self.key.parent.glob("key.*.part"):  # of a start killed while it made one
+                part.unlink()
             self.key.unlink()
             fsync_folder(self.key.parent)
         except OSError as error:
@@ -264,6 +266,12 @@ def require_free(folder: Path, least_bytes: int) -> None:
             f"Disk nearly full: {free / 2**20:.0f} MB free at {folder}, expected at least "
             f"{least_bytes / 2**20:.0f} MB. Free some space or set run.dir to another disk."
         )
+
+
+def fsync_file(path: Path) -> None:
+    """Make what was written to ``path`` survive a power cut."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def fsync_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,21 @@ def test_saving_clears_what_a_killed_save_left_beside_it(tmp_path):
     save(tmp_path / "model", tiny_denoiser())
     save(tmp_path / "model", tiny_denoiser())
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_all_of_a_model_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, sync, rename = set(), os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.fstat(file).st_ino), sync(file)))
+
+    def renamed(source, target):
+        everything = [Path(source), *Path(source).rglob("*")]
+        assert {path.stat().st_ino for path in everything} <= synced
+        synced.add("named")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", renamed)
+    save(tmp_path / "model", tiny_denoiser())
+    assert "named" in synced
 
 
 def test_a_model_that_was_loaded_does_not_tell_where_it_lay(tmp_path):

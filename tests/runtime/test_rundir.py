@@ -96,6 +96,19 @@ def test_the_key_is_made_once_whoever_asks_first(tmp_path):
     assert mode(tmp_path / "private" / "key") == 0o600
 
 
+def test_a_destroyed_key_leaves_no_link_to_it_that_a_killed_start_had_made(tmp_path):
+    run = RunDir(tmp_path).create()
+    key = run.run_key()
+    os.link(run.key, run.private / "key.0011223344556677.part")
+    descriptor = os.open(run.key, os.O_RDONLY)  # the bytes themselves, whatever names they have
+    run.destroy_key()
+    run.destroy_key()
+    assert list(run.private.iterdir()) == []
+    content = os.read(descriptor, 2 * len(key))
+    os.close(descriptor)
+    assert content == bytes(len(key))
+
+
 def test_two_runs_have_different_keys(tmp_path):
     keys = [RunDir(tmp_path / name).create().run_key() for name in ("a", "b")]
     assert keys[0] != keys[1]

@@ -76,13 +76,16 @@ def soak(folder: Path, *, steps: int, kills: int, seed: int) -> Figures:
         found.append(f"memory grows by {slope:.2f} MB in 1,000 steps")
     if files:
         found.append(f"open files differ by {files}")
+    ended = sum(life.killed for life in lives)
+    if ended < kills:
+        found.append(f"the run was over after {ended} kills")
     done = sum(_steps_of(life) for life in lives)
     summary = read_ledger(RunDir(killed.run.dir).ledger)
     return Figures(
         seed=seed,
         steps=done + _steps_of(unbroken),
         repeated=done - summary.steps,
-        kills=sum(life.killed for life in lives),
+        kills=ended,
         starts=len(lives) + 1,
         ledger_lines=len(summary.hashes),
         epsilon=summary.epsilon,

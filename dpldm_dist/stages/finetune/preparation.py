@@ -31,7 +31,7 @@ from dpldm_dist.privacy.plan import PrivacyPlan
 from dpldm_dist.privacy.randomness import commitment, derive_key
 from dpldm_dist.privacy.sampling import Lanes
 from dpldm_dist.privacy.statistics import LatentStatistics
-from dpldm_dist.runtime.rundir import RunDir, dataset_dir
+from dpldm_dist.runtime.rundir import RunDir, dataset_dir, fsync_file, fsync_folder
 from dpldm_dist.runtime.tracking import Progress
 from dpldm_dist.runtime.worker import Worker, arithmetic
 from dpldm_dist.stages.mechanism import reservation_of
@@ -282,7 +282,9 @@ def _release_statistics(
     if worker.rank == 0:
         part = run.gaussian.with_suffix(".part")
         LatentGaussian(means_ND, covariance_DD, latents.latent_shape).save(part)
+        fsync_file(part)
         part.replace(run.gaussian)
+        fsync_folder(run.release)
 
 
 def prepare_model(
