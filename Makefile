@@ -16,10 +16,6 @@ test: $(READY)
 slow: $(READY)
 	$(BIN)/python -m pytest -m soak
 
-# Twenty thousand steps, two hundred kills; prints a table and writes a JSON.
-soak: $(READY)
-	$(BIN)/python -m tests.soak
-
 # 10,000 damaged and hostile inputs of every kind; prints a table (about half an hour).
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz --cases 10000
