@@ -16,7 +16,7 @@ test: $(READY)
 slow: $(READY)
 	$(BIN)/python -m pytest -m soak
 
-# 10,000 damaged and hostile inputs of every kind; prints a table (about half an hour).
+# 10,000 damaged and hostile inputs of every kind; prints a table (about ten minutes).
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz --cases 10000
 

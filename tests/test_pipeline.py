@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -100,10 +101,20 @@ def dpldm_here(root: Path, stage: str, *more: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def shown(root):
+def key():
+    """The run's key, known to the tests: the run itself destroys its copy at the end."""
+    return secrets.token_bytes(32)
+
+
+@pytest.fixture(scope="module")
+def shown(root, key):
     """What each stage printed; all must succeed."""
     found = {}
     for stage in STAGES:
+        if stage == "finetune":
+            path = RunDir(root / "run").key
+            path.touch(mode=0o600)
+            path.write_bytes(key)
         done = dpldm(root, stage)
         assert done.returncode == 0, (stage, done.stderr)
         found[stage] = done.stdout + done.stderr
@@ -140,13 +151,14 @@ def test_each_stage_given_again_does_nothing(root, shown):
     assert {name: (run / name).read_bytes() for name in kept} == before
 
 
-def test_no_private_name_or_pixel_leaves_the_private_folder(root, shown):
+def test_no_private_name_or_pixel_leaves_the_private_folder(root, shown, key):
     run = RunDir(root / "run")
+    assert not run.key.exists()  # destroyed with the seal of the ledger
     canaries = [
         b"canary-private",
         b"canary-heldout",
-        run.key.read_bytes(),
-        run.key.read_bytes().hex().encode(),
+        key,
+        key.hex().encode(),
     ]
     private_images = [np.asarray(Image.open(path)) for path in (root / "private").rglob("*.png")]
     canaries += [image[4:6].tobytes() for image in private_images]
