@@ -69,7 +69,9 @@ def _work(
         timeout=datetime.timedelta(seconds=60),
     )
     outcome = _outcome(function, GroupCollective(torch.device("cpu")), arguments)
-    results.put(pickle.dumps((rank, outcome)))  # tensors as bytes: no file of this process is needed
+    results.put(
+        pickle.dumps((rank, outcome))
+    )  # tensors as bytes: no file of this process is needed
     dist.barrier()
     dist.destroy_process_group()
 

@@ -399,7 +399,7 @@ def _composed_loss(
     return single.self_compose(event.count)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)  # megabytes each
 def _loss(sigma: float, rate: float, relation: str, interval: float) -> pld.PrivacyLossDistribution:
     return pld.from_gaussian_mechanism(
         sigma,

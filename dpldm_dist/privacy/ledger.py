@@ -21,10 +21,12 @@ checkpoints and reports carry a head, and the data-set ledger notes one at every
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import secrets
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -541,12 +543,13 @@ def read_ledger(path: Path | str) -> LedgerSummary:
     )
 
 
-@dataclass
+@dataclass(slots=True)
 class _Charged:
-    """A charge of the current attempt, and the digests that were bound to it."""
+    """A charge of the current attempt, and the digests that were bound to it. Small: a long run
+    holds one for every step."""
 
     event: GaussianEvent
-    digests: set[str] = field(default_factory=set)
+    digests: tuple[str, ...] = ()
 
     def kind(self, digests: int) -> Kind:
         """What each of its releases is priced as, with so many digests."""
@@ -633,8 +636,8 @@ class _Charges:
             case "start":
                 self.starts += 1
             case "charge":
-                event = GaussianEvent(body["noise_multiplier"], body["sample_rate"], body["count"])
-                self.here[body["what"], body["step"]] = _Charged(event)
+                event = _event(body["noise_multiplier"], body["sample_rate"], body["count"])
+                self.here[sys.intern(body["what"]), body["step"]] = _Charged(event)
                 self.counts[_kind_of(event)] = self.counts.get(_kind_of(event), 0) + event.count
                 self.releases[body["what"]] += event.count
             case "bind":
@@ -667,7 +670,7 @@ class _Charges:
         if charged.digests:
             self.counts = _repriced(self.counts, charged)
             self.rebound += len(charged.digests) == 1
-        charged.digests.add(body["digest"])
+        charged.digests += (body["digest"],)
         if what == "step":
             self._advance(step)
 
@@ -714,6 +717,12 @@ class _Charges:
         except PrivacyError:
             return "binds more digests than can be priced"
         return ""
+
+
+@functools.lru_cache(maxsize=64)
+def _event(noise_multiplier: float, sample_rate: float, count: int) -> GaussianEvent:
+    """One object for all charges that are the same."""
+    return GaussianEvent(noise_multiplier, sample_rate, count)
 
 
 def _repriced(counts: dict[Kind, int], charged: _Charged) -> dict[Kind, int]:

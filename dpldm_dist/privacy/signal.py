@@ -25,8 +25,10 @@ Nothing here reads private data: noisy gradients are released, and u, P and t ar
 from __future__ import annotations
 
 import math
+from array import array
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,7 +100,7 @@ class RandomWalk:
         self._sum_P = torch.zeros(parameters, dtype=torch.float32)
         self._before_P = torch.zeros(parameters, dtype=torch.float32)
         self._step_std = step_std
-        self._steps: list[tuple[float, float, float, float]] = []
+        self._numbers = array("d")  # of each step: length of the walk and of the step, alignments
 
     def add(self, mean_P: Tensor) -> None:
         """One step's noisy mean gradient, (P,), in units of clip_norm."""
@@ -106,12 +108,12 @@ class RandomWalk:
         self._sum_P = self._sum_P.to(mean_P.device).add_(mean_P)
         self._before_P = self._before_P.to(mean_P.device).mul_(_MEMORY).add_(mean_P)
         walk, last = float(self._sum_P.double().norm()), float(mean_P.norm())
-        self._steps.append((walk, last, alignment, most))
+        self._numbers.extend((walk, last, alignment, most))
 
     def signal(self, steps: int | None = None) -> Signal:
         """The walk after ``steps`` steps (None: all so far), at least one."""
-        steps = len(self._steps) if steps is None else steps
-        walk, last, alignment, most = self._steps[steps - 1]
+        steps = self._steps if steps is None else steps
+        walk, last, alignment, most = self._of_step(steps)
         one_step = self._step_std * math.sqrt(len(self._sum_P))
         return Signal(
             steps=steps,
@@ -125,7 +127,7 @@ class RandomWalk:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that ``load`` needs."""
-        steps = torch.tensor(self._steps, dtype=torch.float64).reshape(-1, 4)
+        steps = torch.from_numpy(np.array(self._numbers)).reshape(-1, 4)
         return {"sum": self._sum_P, "before": self._before_P, "steps": steps}
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -135,15 +137,23 @@ class RandomWalk:
                 f"A saved walk of {state['sum'].numel()} parameters: expected {len(self._sum_P)}."
             )
         self._sum_P, self._before_P = state["sum"].clone(), state["before"].clone()
-        self._steps = [tuple(row) for row in state["steps"].tolist()]
+        self._numbers = array("d", state["steps"].flatten().tolist())
+
+    @property
+    def _steps(self) -> int:
+        return len(self._numbers) // 4
+
+    def _of_step(self, number: int) -> array[float]:
+        """What was noted of a step, counted from 1."""
+        return self._numbers[4 * number - 4 : 4 * number]
 
     def _next_alignment(self, mean_P: Tensor) -> tuple[float, float]:
         """Alignment with the new step counted in, and the largest size that it had."""
-        earlier = len(self._steps)
+        earlier = self._steps
         if earlier == 0:
             return 0.0, 0.0
         before_P = self._before_P.to(mean_P.device, torch.float64)
         projection = float(mean_P.double() @ before_P / before_P.norm()) / self._step_std
-        _, _, alignment, most = self._steps[-1]
+        _, _, alignment, most = self._of_step(earlier)
         alignment = (alignment * math.sqrt(earlier - 1) + projection) / math.sqrt(earlier)
         return alignment, max(most, abs(alignment))

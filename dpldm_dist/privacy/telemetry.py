@@ -43,8 +43,10 @@ Shapes: B records of a microbatch; 3 = loss, count, clip flag, in this order.
 from __future__ import annotations
 
 import math
+from array import array
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -204,8 +206,8 @@ class TelemetryHistory:
 
     def __init__(self, query: TelemetryQuery) -> None:
         self.query = query
-        self._sums: list[tuple[float, float, float]] = []
-        self._records = [0.0]  # noisy records of the first 0, 1, 2, ... steps
+        self._sums = array("d")  # three numbers of each step
+        self._records = array("d", [0.0])  # noisy records of the first 0, 1, 2, ... steps
 
     def add(self, noisy_3: Tensor) -> None:
         """One step's noisy sums, int64 (3,)."""
@@ -213,31 +215,41 @@ class TelemetryHistory:
 
     def over(self, window: int, *, steps: int | None = None) -> Telemetry:
         """What the last ``window`` of the first ``steps`` steps say together (None: all so far)."""
-        steps = len(self._sums) if steps is None else steps
-        last = self._sums[max(0, steps - window) : steps]
-        loss, count, clipped = (math.fsum(column) / len(last) for column in zip(*last, strict=True))
+        steps = self._steps if steps is None else steps
+        first = max(0, steps - window)
+        last = self._sums[TELEMETRY_NUMBERS * first : TELEMETRY_NUMBERS * steps]
+        loss, count, clipped = (
+            math.fsum(last[number::TELEMETRY_NUMBERS]) / (steps - first)
+            for number in range(TELEMETRY_NUMBERS)
+        )
         usual = self.query.usual_records(self._records[steps], steps=steps)
-        return self.query.telemetry((loss, count, clipped), steps=len(last), usual_records=usual)
+        return self.query.telemetry(
+            (loss, count, clipped), steps=steps - first, usual_records=usual
+        )
 
     def fall_of_loss(self) -> float:
         """How far the loss fell from the first steps to the last, in standard errors: what a run
         does that learns. Needs two steps."""
-        window = min(WINDOW, len(self._sums) // 2)
+        window = min(WINDOW, self._steps // 2)
         first, last = self.over(window, steps=window).loss.value, self.over(window).loss.value
         return (first - last) / (self.query.errors.loss * math.sqrt(2.0 / window))
 
     def state(self) -> Tensor:
         """Everything that ``load`` needs, float64 (steps, 3)."""
-        return torch.tensor(self._sums, dtype=torch.float64).reshape(-1, TELEMETRY_NUMBERS)
+        return torch.from_numpy(np.array(self._sums)).reshape(-1, TELEMETRY_NUMBERS)
 
     def load(self, state: Tensor) -> None:
         """Go on from ``state()``."""
-        self._sums, self._records = [], [0.0]
+        self._sums, self._records = array("d"), array("d", [0.0])
         for loss, count, clipped in state.tolist():
             self._append((loss, count, clipped))
 
+    @property
+    def _steps(self) -> int:
+        return len(self._records) - 1
+
     def _append(self, sums: tuple[float, float, float]) -> None:
-        self._sums.append(sums)
+        self._sums.extend(sums)
         self._records.append(self._records[-1] + sums[1])
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.numpy
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -64,7 +65,7 @@ class Checkpoints:
         Raises: RunError if the disk is full or cannot be written; the older ones stay usable.
         """
         contents = {
-            _TENSORS: safetensors.torch.save({name: _copy(t) for name, t in tensors.items()}),
+            _TENSORS: _serialized({name: _copy(t) for name, t in tensors.items()}),
             _FACTS: _json({"step": step, "facts": dict(facts)}),
         }
         contents[_MANIFEST] = _json(_manifest(contents))
@@ -154,6 +155,14 @@ class _Damaged(Exception):
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _serialized(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file. The writer for torch leaves a ctypes type behind for every length that it
+    meets, so it is taken only for what numpy does not know."""
+    if any(tensor.dtype == torch.bfloat16 for tensor in tensors.values()):
+        return safetensors.torch.save(dict(tensors))
+    return safetensors.numpy.save({name: tensor.numpy() for name, tensor in tensors.items()})
 
 
 def _json(value: object) -> bytes:

@@ -1,6 +1,5 @@
 """``dpldm check`` on this machine: says what it found, and what is wrong."""
 
-
 import pytest
 
 from dpldm_dist.config import Config, parse_config, with_changes
