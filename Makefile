@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test slow soak fuzz lint clean
+.PHONY: demo test slow soak fuzz bench lint clean
 
 demo: $(READY)
 	$(BIN)/dpldm demo --config configs/demo.toml
@@ -23,6 +23,12 @@ fuzz: $(READY)
 # 20,000 noisy steps, half of them in a run that is killed 200 times; prints a table.
 soak: $(READY)
 	$(BIN)/python -m tests.soak --json build/soak.json
+
+# Time and memory of a private step against a plain one, other libraries, and its parts: hours on one
+# core. BENCH=--quick takes under two minutes.
+bench: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step $(BENCH)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.parts $(BENCH)
 
 lint: $(READY)
 	$(BIN)/python -m pip install --quiet "ruff>=0.9,<1"

@@ -24,6 +24,7 @@ from dpldm_dist.models.unet import build_unet
 CONFIGS = Path(__file__).parent.parent / "configs"
 Trainable = Literal["attention", "transformer", "output-blocks", "lora", "all"]
 TRAINABLES = get_args(Trainable)
+SHAPES = ("tiny", "small", "cifar", "text")
 PAPERS_FIRST_BLOCK = 9
 CLASSES = 10
 
@@ -57,7 +58,7 @@ def shape_of(name: str) -> Shape:
     if name == "text":
         model = ModelConfig(block_channels=(64, 128, 128), heads=4, context_dim=768, norm_groups=32)
         return Shape(model, (4, 32, 32), (77, 768), "caption", 16, without_output_blocks)
-    raise ValueError(f"Model {name!r}: expected tiny, small, cifar or text.")
+    raise ValueError(f"Model {name!r}: expected one of {SHAPES}.")
 
 
 @dataclass(frozen=True, eq=False)
