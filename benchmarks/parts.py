@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -263,6 +264,9 @@ def worker_rows(root: Path, options: argparse.Namespace) -> Iterator[Row]:
     """Records per second of the whole stage with 1 and 2 workers."""
     alone = None
     for workers in (1, 2):
+        if workers > len(os.sched_getaffinity(0)):
+            yield {"part": "workers", "workers": workers, "reason": "fewer cores may be used"}
+            continue
         short, long = (
             _wall(settings(root, f"{workers}-{steps}", options, steps=steps, workers=workers))
             for steps in (2, 2 + options.steps)
@@ -279,6 +283,7 @@ def worker_rows(root: Path, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def _wall(config: Config) -> float:
+    RunDir(config.run.dir).create()
     start = time.perf_counter()
     launch([Job(finetune, config)], run=config.run)
     return time.perf_counter() - start

@@ -222,6 +222,7 @@ def machine(*, device: str, threads: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)),
         "threads": threads,
         "processor": _processor(),
     }
