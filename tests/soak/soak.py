@@ -26,15 +26,17 @@ from tests.soak.tiny import OWN_KEY, Tiny
 from tests.soak.verdict import faults, released_files
 
 HEALTH_EVERY = 50  # steps
+EPSILON_READINGS = 20  # of a run, about
 LARGEST_SLOPE = 1.0  # MB of resident memory per 1,000 steps
+LARGEST_GROWTH_MB = 64.0
 SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
 class Figures:
     """What a soak came to. ``steps``: noisy ones, of both runs, repeated ones too; ``repeated``:
-    those that a killed run did again; ``slope``: MB of resident memory per 1,000 steps and
-    ``files``: most open files less fewest, in the second half of the run that was left alone;
+    those that a killed run did again; ``grown_MB`` of resident memory, its ``slope`` in MB per 1,000
+    steps and ``files``: most open files less fewest, in the second half of the run left alone;
     ``step_ms``: CPU time of its steps; ``faults``: all that is wrong."""
 
     seed: int
@@ -45,6 +47,7 @@ class Figures:
     ledger_lines: int
     epsilon: float
     rss_MB: float
+    grown_MB: float
     slope: float
     files: int
     step_ms: float
@@ -71,7 +74,10 @@ def soak(folder: Path, *, steps: int, kills: int, seed: int) -> Figures:
     found += faults(alone, [first, unbroken], released_files(RunDir(killed.run.dir)))
     found += [f"{path} was left behind" for path in _nobodys(set(SHARED_MEMORY.iterdir()) - shared)]
     found += [f"{path} was left behind" for path in nest.temporary.rglob("*")]
-    rss_MB, slope, files = growth(unbroken.health)
+    window = steps // 2 // EPSILON_READINGS
+    rss_MB, grown_MB, slope, files = growth(unbroken.health, window=window)
+    if grown_MB > LARGEST_GROWTH_MB:
+        found.append(f"memory grew by {grown_MB:.0f} MB")
     if slope > LARGEST_SLOPE:
         found.append(f"memory grows by {slope:.2f} MB in 1,000 steps")
     if files:
@@ -90,6 +96,7 @@ def soak(folder: Path, *, steps: int, kills: int, seed: int) -> Figures:
         ledger_lines=len(summary.hashes),
         epsilon=summary.epsilon,
         rss_MB=rss_MB,
+        grown_MB=grown_MB,
         slope=slope,
         files=files,
         step_ms=1e3 * step_cpu_s,
@@ -98,12 +105,25 @@ def soak(folder: Path, *, steps: int, kills: int, seed: int) -> Figures:
     )
 
 
-def growth(health: Sequence[tuple[int, int, int]]) -> tuple[float, float, int]:
-    """(resident MB at the end, its slope in MB per 1,000 steps, spread of open files), over the
-    second half of ``health``: (step, resident bytes, open files)."""
-    step, resident, files = np.array(health[len(health) // 2 :]).T
-    slope = np.polyfit(step / 1e3, resident / 1e6, 1)[0]
-    return resident[-1] / 1e6, float(slope), int(files.max() - files.min())
+def growth(
+    health: Sequence[tuple[int, int, int]], *, window: int
+) -> tuple[float, float, float, int]:
+    """(resident MB at the end, MB more than at the start, MB per 1,000 steps, spread of open files),
+    over the second half of ``health``: (step, resident bytes, open files).
+
+    The slope is that within windows of ``window`` steps, between which epsilon is read: a reading
+    leaves plans of Fourier transforms behind, of which scipy keeps sixteen at most.
+    """
+    step, resident, files = np.array(health[len(health) // 2 :], dtype=float).T
+    steps, sizes = step / 1e3, resident / 1e6
+    of_window = step // window
+    for number in np.unique(of_window):
+        inside = of_window == number
+        steps[inside] -= steps[inside].mean()
+        sizes[inside] -= sizes[inside].mean()
+    slope = float(steps @ sizes / (steps @ steps))
+    spread = int(files.max() - files.min())
+    return resident[-1] / 1e6, float(resident[-1] - resident[0]) / 1e6, slope, spread
 
 
 def _nobodys(paths: set[Path]) -> set[Path]:

@@ -16,10 +16,14 @@ def test_20000_steps_and_200_kills_change_no_bit_and_leave_nothing_behind(tmp_pa
     assert figures.steps >= 20_000
 
 
-def test_growth_is_read_off_the_second_half():
-    """2.5 MB in 1,000 steps, and one file more, after a first half that says nothing."""
+def test_growth_is_read_off_the_second_half_between_two_readings_of_epsilon():
+    """2.5 MB in 1,000 steps, 4 MB at a reading of epsilon, and one file more for a moment, after a
+    first half that says nothing."""
     warming_up = [(step, 10**9 * step, step) for step in range(0, 500, 50)]
-    health = [(step, 10**8 + 2500 * step, 20 + (step == 900)) for step in range(500, 1000, 50)]
-    resident_MB, slope, files = growth(warming_up + health)
-    assert resident_MB == pytest.approx(102.375)
+    health = [
+        (step, 10**8 + 2500 * step + 4_000_000 * (step >= 800), 20 + (step == 900))
+        for step in range(500, 1000, 50)
+    ]
+    resident_MB, grown_MB, slope, files = growth(warming_up + health, window=400)
+    assert resident_MB == pytest.approx(106.375) and grown_MB == pytest.approx(5.125)
     assert slope == pytest.approx(2.5) and files == 1
