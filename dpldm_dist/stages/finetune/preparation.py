@@ -100,7 +100,7 @@ def lineage(
     return {
         "key": commitment(run_key, "key", b""),
         "data": commitment(run_key, "latents", latents.manifest.digest.encode()),
-        "layout": f"{plan.lanes} lanes, microbatches of {plan.microbatch}",
+        "layout": f"{plan.lanes} lanes of balanced size, microbatches of {plan.microbatch}",
         "arithmetic": arithmetic(worker.device),
         "threads": str(torch.get_num_threads()),
         "code": __version__,
