@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -50,6 +51,26 @@ def _whole(value: Any) -> int:
     return value
 
 
+_URL = re.compile(r"(s3|gs|gcs|https?|abfss?|az|adl|hdfs|webhdfs|oss|memory)://[^\s@?#]+")
+
+
+def _place(value: str | Path) -> str | Path:
+    """A text with :// is an address and stays one; anything else is a path."""
+    if "://" not in str(value):
+        return Path(value)
+    if not _URL.fullmatch(str(value)) or "::" in str(value):
+        raise ValueError(
+            "expected a folder, or an address such as s3://bucket/folder, gs://bucket/folder or "
+            "https://host/folder, without name, password or signature: credentials belong into "
+            "the environment"
+        )
+    return str(value)
+
+
+Place = Annotated[str | Path, AfterValidator(_place)]
+"""A folder (Path), or the address of one (str) that is read through a cache."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(
         frozen=True,
@@ -71,10 +92,12 @@ class DatasetConfig(_Section):
     classes: tuple[str, ...] | None = None
     """Names of the classes, in order; other labels are refused. None: those found in the data,
     which a run on private data then publishes (held-out data: those of the private data)."""
-    images: Path | None = None
-    """Folder of image shards. None: inside the run directory."""
-    latents: Path | None = None
-    """Folder of latent shards. None: inside the run directory."""
+    images: Place | None = None
+    """Folder of image shards, or its address (s3://, gs://, https://, ...) where they are finished:
+    they are then fetched through ``data.cache_dir``. None: inside the run directory."""
+    latents: Place | None = None
+    """Folder of latent shards, or its address where they are finished. None: inside the run
+    directory."""
 
 
 class DataConfig(_Section):
@@ -100,6 +123,11 @@ class DataConfig(_Section):
     """Store the mirrored image too, as a second view of the same record. Not for text or digits."""
     allow_shared_files: bool = False
     """Read shards of private or held-out data although other users may read or change them."""
+    cache_dir: Path | None = None
+    """Folder of this machine for shards of data sets that are addresses, closed to other users and
+    shared by all workers of the machine. None: ``~/.cache/dpldm_dist``."""
+    cache_gb: float = Field(100.0, gt=0)
+    """Most gigabytes (2^30 bytes) in it; the oldest shards go first. Never changes the result."""
     public: DatasetConfig = DatasetConfig()
     private: DatasetConfig = DatasetConfig()
     heldout: DatasetConfig = DatasetConfig()
@@ -393,6 +421,23 @@ class Config(_Section):
         ):
             raise ValueError(
                 "privacy.dataset_epsilon, privacy.dataset_delta: expected both numbers, or none"
+            )
+        for which in ("public", "private", "heldout"):
+            dataset = getattr(self.data, which)
+            if isinstance(dataset.images, str) and dataset.source is not None:
+                raise ValueError(
+                    f"data.{which}.images: expected a folder where data.{which}.source is given; "
+                    "an address is only read"
+                )
+        if (
+            self.privacy
+            and isinstance(self.data.private.latents, str)
+            and self.privacy.dataset_epsilon is not None
+            and self.privacy.dataset_ledger is None
+        ):
+            raise ValueError(
+                "privacy.dataset_ledger: expected the file of the budget, because nothing can be "
+                "written beside data.private.latents"
             )
         if self.data.unit == "image" and self.data.max_images_per_unit > 1:
             raise ValueError(
