@@ -338,6 +338,9 @@ class RunConfig(_Section):
     microbatch: int = Field(64, ge=2)
     """Records in one forward pass of the private training: never changes the result beyond the
     stated bound."""
+    prefetch: int = Field(4, ge=0)
+    """Microbatches that a worker makes ready in the background while it computes: never changes the
+    result. 0: none."""
     checkpoint_every: int = Field(20, ge=1)
     """Steps between checkpoints."""
     checkpoint_keep: int = Field(2, ge=2)

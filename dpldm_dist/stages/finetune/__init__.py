@@ -110,6 +110,7 @@ def finetune(config: Config, worker: Worker) -> Manifest:
         with (
             Tracker(run.tensorboard / "finetune", worker, start_step=state.step) as tracker,
             suppress(BudgetReached),  # the model of the steps before is released
+            data.ahead(last=last),
         ):
             if has_claim(config):
                 tracker.hparams(
