@@ -324,6 +324,50 @@ class AuditConfig(_Section):
     """Steps in which the audit looks at who was drawn."""
 
 
+def _increasing(pair: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < pair[0] <= pair[1]:
+        raise ValueError("expected [worst, best], both above 0, the best not below the worst")
+    return pair
+
+
+def _decreasing(pair: tuple[float, float]) -> tuple[float, float]:
+    if not pair[0] >= pair[1] > 0:
+        raise ValueError("expected [worst, best], both above 0, the worst not below the best")
+    return pair
+
+
+Rising = Annotated[tuple[float, float], AfterValidator(_increasing)]
+Falling = Annotated[tuple[float, float], AfterValidator(_decreasing)]
+
+
+class ClusterConfig(_Section):
+    """Clusters for which ``dpldm plan --cluster`` predicts: nothing of it was measured. A range is
+    [worst, best]; docs/scaling.md names the sources of the defaults."""
+
+    gpus: tuple[Annotated[int, Field(ge=1)], ...] = (8, 32, 128, 512, 1024)
+    batches: tuple[Annotated[int, Field(ge=1)], ...] = (4096, 16384, 65536, 262144)
+    """Expected records per step."""
+    tflops: Rising = (19.5, 67.0)
+    """Of one GPU in fp32, 10^12 operations per second: A100 to H100."""
+    utilisation: Rising = (0.2, 0.5)
+    """Share of them that the network reaches."""
+    launch_ms: Falling = (40.0, 10.0)
+    """What a microbatch costs beyond its operations, milliseconds: thousands of small kernels."""
+    link_gbit: Rising = (100.0, 400.0)
+    """Network of one GPU, 10^9 bits per second: HDR100 to NDR InfiniBand."""
+    hop_us: Falling = (20.0, 5.0)
+    """One message between two GPUs, microseconds."""
+    noise_per_s: Rising = (1e7, 5e7)
+    """Coordinates of noise that a worker draws in a second, on its CPU."""
+    hash_gb: Rising = (0.4, 2.0)
+    """Gigabytes that a CPU core digests in a second with SHA-256."""
+    rest_ms: Falling = (30.0, 5.0)
+    """Ledger, launches and self-checks of a step, milliseconds."""
+    gpu_hours: float | None = Field(None, gt=0)
+    """What may be spent on the noisy steps: ``dpldm plan --cluster`` then proposes batch, steps,
+    noise and draws. None: no proposal."""
+
+
 class RunConfig(_Section):
     dir: Path = Path("runs/default")
     """Everything of a run lies here: ``public/``, ``private/`` (0700) and ``release/``."""
@@ -411,6 +455,7 @@ class Config(_Section):
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     audit: AuditConfig = AuditConfig()
+    cluster: ClusterConfig = ClusterConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
