@@ -134,11 +134,11 @@ class Cluster:
     """A cluster by its data sheet, as (worst, best) of what is not known before it is measured.
 
     tflops: of one GPU in the arithmetic of the run, 10^12 per second. utilisation: share of them
-    that a network reaches. launch_ms: what a microbatch costs beyond its operations, milliseconds, for
-    kernels that wait to be started. link_gbit: network of one GPU, 10^9 bits per second. hop_us: one
-    message, microseconds. noise_per_s: coordinates of noise per second and worker, made on the CPU.
-    hash_gb: gigabytes per second of SHA-256, of which a step digests 8 P bytes. rest_ms:
-    ledger and launches of a step, milliseconds.
+    that a network reaches. launch_ms: what a microbatch costs beyond its operations, milliseconds,
+    for kernels that wait to be started. link_gbit: network of one GPU, 10^9 bits per second.
+    hop_us: one message, microseconds. noise_per_s: coordinates of noise per second and worker, made
+    on the CPU. hash_gb: gigabytes per second of SHA-256, of which a step digests 8 P bytes.
+    rest_ms: ledger and self-checks of a step, milliseconds.
     """
 
     tflops: tuple[float, float]

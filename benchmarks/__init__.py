@@ -1,0 +1,1 @@
+"""What a private step costs, next to a non-private one and to other libraries."""
