@@ -11,7 +11,7 @@ from dpldm_dist.runtime.cost import Load, Rates, StepTime, Work, bytes_sent, ste
 
 SMALL, FITTED, TWO = Setting(1, 48), Setting(1, 96), Setting(2, 96)
 FIT = (SMALL, FITTED, TWO)
-HELD_OUT = (Setting(4, 96), Setting(4, 192), Setting(2, 96, 100.0), Setting(4, 96, 100.0))
+HELD_OUT = (Setting(4, 96), Setting(4, 192), Setting(2, 96, 40.0), Setting(4, 96, 40.0))
 SETTINGS = (*FIT, *HELD_OUT)
 
 

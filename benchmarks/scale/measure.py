@@ -37,7 +37,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Measured:
-    """Medians over the steps of a run. ``step_s``: seconds; ``total``, ``most``: microbatches of
+    """Medians over the steps of a run. ``wall_s``: seconds; ``cpu_s``: those of processors that all
+    workers used together; ``step_s``: the one that counts; ``total``, ``most``: microbatches of
     all workers and of the one with most; ``sent``: bytes that a worker sent in a step, headers too;
     ``noise_s``: noise of all coordinates by one worker; ``message_s``: a reduction of 8 bytes.
     """
@@ -45,6 +46,8 @@ class Measured:
     setting: Setting
     parameters: int
     step_s: float
+    wall_s: float
+    cpu_s: float
     total: float
     most: float
     sent: float
@@ -52,8 +55,12 @@ class Measured:
     message_s: float
 
 
-def measure(root: Path, setting: Setting, *, number: int) -> Measured:
-    """One run of ``setting`` on this machine."""
+def measure(root: Path, setting: Setting, *, number: int, cores: int, clock: str) -> Measured:
+    """One run of ``setting`` on this machine.
+
+    ``clock``: "wall", or "cpu" for a machine that has other work: a step whose links are free then
+    counts the seconds of processors that the workers used, spread over the cores that they have.
+    """
     name = f"run-{number}-{setting.name}"
     config = settings(root, name, batch=setting.batch)
     RunDir(Path(config["run"]["dir"])).create()
@@ -78,7 +85,9 @@ def measure(root: Path, setting: Setting, *, number: int) -> Measured:
                 process.kill()
     if any(codes):
         raise RuntimeError(f"{setting.name}: a worker ended with {max(codes)}")
-    return _boiled_down(setting, [json.loads(out.read_text()) for out in outs])
+    seen = [json.loads(out.read_text()) for out in outs]
+    shared = min(setting.workers, cores) if clock == "cpu" and setting.mbit is None else None
+    return _boiled_down(setting, seen, shared)
 
 
 @contextmanager
@@ -98,15 +107,19 @@ def _order(config: dict[str, Any], rank: int, setting: Setting, out: Path) -> st
     return json.dumps(order)
 
 
-def _boiled_down(setting: Setting, seen: list[dict[str, Any]]) -> Measured:
+def _boiled_down(setting: Setting, seen: list[dict[str, Any]], shared: int | None) -> Measured:
     ended = seen[0]["ended_s"]
     steps = range(_SKIPPED, len(ended))
     loads = [[worker["microbatches"][step] for worker in seen] for step in steps]
     sent = [worker["sent"][step] - worker["sent"][step - 1] for step in steps for worker in seen]
+    wall_s = median(ended[step] - ended[step - 1] for step in steps)
+    cpu_s = median(sum(w["cpu_s"][step] - w["cpu_s"][step - 1] for w in seen) for step in steps)
     return Measured(
         setting=setting,
         parameters=seen[0]["parameters"],
-        step_s=median(ended[step] - ended[step - 1] for step in steps),
+        step_s=wall_s if shared is None else cpu_s / shared,
+        wall_s=wall_s,
+        cpu_s=cpu_s,
         total=median(sum(load) for load in loads),
         most=median(max(load) for load in loads),
         sent=sum(sent) / len(sent),

@@ -31,7 +31,7 @@ Row = Sequence[str]
 def rewrite(results: dict[str, Any]) -> None:
     """Put every table between its marks in the page."""
     text = PAGE.read_text()
-    for name, lines in _tables(results):
+    for name, lines in tables(results):
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"{PAGE} has no place for the table {name}")
@@ -39,7 +39,8 @@ def rewrite(results: dict[str, Any]) -> None:
     PAGE.write_text(text)
 
 
-def _tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
+def tables(results: dict[str, Any], *, clusters: bool = True) -> Iterator[tuple[str, list[str]]]:
+    """(name, lines) of every table that the results give; ``clusters``: predictions, too."""
     if "steps" in results:
         found = {run.setting: run for run in map(from_json, results["steps"])}
         rates = Rates(**results["rates"])
@@ -51,7 +52,8 @@ def _tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
         yield "records", list(_records(results["data"]))
     if "encode" in results:
         yield "encode", list(_encode(results["encode"]))
-    yield "gpus", list(_gpus())
+    if clusters:
+        yield "gpus", list(_gpus())
 
 
 def _table(head: Row, rows: Sequence[Row]) -> list[str]:
@@ -59,9 +61,15 @@ def _table(head: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def _machine(facts: dict[str, Any]) -> str:
+    clock = (
+        "Times are of the wall."
+        if facts["clock"] == "wall"
+        else "The machine had other work: times of runs with free links are seconds of processors "
+        "over cores, those of slowed links are of the wall and too long by that work."
+    )
     return (
         f"Measured on {facts['processor']} with {facts['cores']} core(s) for the benchmark (load "
-        f"{facts['load']:.1f} at its start), torch {facts['torch']}, {facts['when']}."
+        f"{facts['load']:.1f} at its start), torch {facts['torch']}, {facts['when']}. {clock}"
     )
 
 

@@ -54,9 +54,9 @@ def main(order: dict[str, Any]) -> None:
 
 
 def _watch(interface: str | None) -> dict[str, Any]:
-    """Note for every step: when it ended, how many microbatches this worker had, and how many bytes
-    its interface had sent."""
-    seen: dict[str, Any] = {"ended_s": [], "microbatches": [], "sent": [], "parameters": 0}
+    """Note for every step: when it ended by the wall and by this process's use of processors, how
+    many microbatches this worker had, and how many bytes its interface had sent."""
+    seen: dict[str, Any] = {"ended_s": [], "cpu_s": [], "microbatches": [], "sent": []}
     microbatches, tick = PrivateData.microbatches, TrainingState.tick
 
     def counted(self: PrivateData, step: int) -> Iterator[Any]:
@@ -69,6 +69,7 @@ def _watch(interface: str | None) -> dict[str, Any]:
         tick(self, noisy)
         seen["parameters"] = len(noisy.mean_P)
         seen["ended_s"].append(time.perf_counter())
+        seen["cpu_s"].append(time.process_time())
         seen["sent"].append(bytes_of(interface) if interface else 0)
 
     PrivateData.microbatches, TrainingState.tick = counted, timed

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -67,16 +68,31 @@ def test_microbatches_that_were_made_ahead_are_the_same_in_every_bit(root, threa
                 assert torch.equal(getattr(one, name), getattr(other, name))
 
 
-def test_a_run_releases_the_same_bits_with_and_without_prefetch(root):
-    for name, most in (("without", 0), ("with", 3)):
+@pytest.fixture
+def address(root):
+    """The private latents in fsspec's memory."""
+    files = fsspec.filesystem("memory")
+    for path in (root / "latents").iterdir():
+        files.pipe_file(f"/private/latents/{path.name}", path.read_bytes())
+    yield "memory://private/latents"
+    files.rm("/private", recursive=True)
+
+
+def test_a_run_releases_the_same_bits_with_and_without_prefetch_and_from_an_address(root, address):
+    places = {"without": str(root / "latents"), "with": str(root / "latents"), "elsewhere": address}
+    for name, place in places.items():
+        most = 0 if name == "without" else 3
         changes = {"dir": str(root / name), "prefetch": most, "unsafe_test_key": TEST_KEY}
-        config = settings(root, name, run=changes)
+        data = {"private": {"latents": place}, "cache_dir": str(root / "cache")}
+        config = settings(root, name, run=changes, data=data)
         RunDir(config.run.dir).create()
         finetune(config, solo_worker())
-    without, ahead = released_weights(root, "without"), released_weights(root, "with")
-    assert without.keys() == ahead.keys()
-    for name, value in without.items():
-        assert torch.equal(value, ahead[name]), name
+    without = released_weights(root, "without")
+    for other in ("with", "elsewhere"):
+        found = released_weights(root, other)
+        assert without.keys() == found.keys()
+        for name, value in without.items():
+            assert torch.equal(value, found[name]), (other, name)
 
 
 def test_a_shard_that_is_damaged_stops_the_run_with_its_name_from_the_background(root):
