@@ -33,6 +33,8 @@ def machine(rates: Rates, *, faulty: float = 0.0) -> dict[Setting, Measured]:
             sent=bytes_sent(PARAMETERS, setting.workers),
             noise_s=rates.noise_s * PARAMETERS,
             message_s=2 * rates.hop_s * max(1.0, 2 / rates.cores),
+            once_s=rates.once_s,
+            exchange_s=rates.byte_s * PARAMETERS * 12 * max(1.0, 2 / rates.cores),
         )
         extra_s = faulty * (setting.workers - 1) ** 2
         found[setting] = replace(run, step_s=predict(rates, run).total_s + extra_s)
@@ -42,7 +44,8 @@ def machine(rates: Rates, *, faulty: float = 0.0) -> dict[Setting, Measured]:
 @pytest.mark.parametrize("cores", [1, 2, 64])
 def test_the_fit_predicts_the_runs_it_has_not_seen(cores):
     true = Rates(
-        row_s=0.0, microbatch_s=0.1, noise_s=5e-8, step_s=0.1, byte_s=5e-9, hop_s=1e-4, cores=cores
+        row_s=0.0, microbatch_s=0.1, noise_s=5e-8, step_s=0.1, once_s=0.05,
+        byte_s=5e-9, hop_s=1e-4, cores=cores
     )  # fmt: skip
     found = machine(true)
     rates = fit(found, cores=cores)

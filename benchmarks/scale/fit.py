@@ -18,28 +18,22 @@ SETTINGS = (*FIT, *HELD_OUT)
 def fit(found: dict[Setting, Measured], *, cores: int) -> Rates:
     """Rates from ``FIT`` alone.
 
-    Two batches on one process give the cost of a microbatch and of the rest of a step; a part of
-    the rest is noise, which is timed by itself. What two processes need beyond that is the wire:
-    messages, timed by themselves, and bytes.
+    Two batches on one process give the cost of a microbatch and the rest of a step. Of the rest,
+    noise and ledger are timed by themselves; every worker does what is left of it. On two
+    processes, messages and bytes are timed by themselves.
     """
     small, one, two = (found[setting] for setting in FIT)
+    crowd = max(1.0, two.setting.workers / cores)
     each_s = (one.step_s - small.step_s) / (one.total - small.total)
-    rest_s = one.step_s - one.total * each_s
-    rates = Rates(
+    return Rates(
         row_s=0.0,
         microbatch_s=each_s,
         noise_s=one.noise_s / one.parameters,
-        step_s=max(0.0, rest_s - one.noise_s),
-        cores=float(cores),
-    )
-    wire_s = max(0.0, two.step_s - predict(rates, two).total_s)
-    crowd = max(1.0, two.setting.workers / cores)
-    return replace(
-        rates,
+        step_s=max(0.0, one.step_s - one.total * each_s - one.noise_s - one.once_s),
+        once_s=one.once_s,
         hop_s=two.message_s / 2 / crowd,  # an all-reduce of two is two messages
-        byte_s=max(0.0, wire_s - 1.5 * two.message_s)
-        / bytes_sent(two.parameters, two.setting.workers)
-        / crowd,
+        byte_s=two.exchange_s / bytes_sent(two.parameters, two.setting.workers) / crowd,
+        cores=float(cores),
     )
 
 

@@ -40,7 +40,9 @@ class Measured:
     """Medians over the steps of a run. ``wall_s``: seconds; ``cpu_s``: those of processors that all
     workers used together; ``step_s``: the one that counts; ``total``, ``most``: microbatches of
     all workers and of the one with most; ``sent``: bytes that a worker sent in a step, headers too;
-    ``noise_s``: noise of all coordinates by one worker; ``message_s``: a reduction of 8 bytes.
+    ``noise_s``: noise of all coordinates by one worker; ``message_s``: a reduction of 8 bytes;
+    ``once_s``: the ledger of a step, written by one worker; ``exchange_s``: the reduction and the
+    gathering of a step, alone (0: not timed).
     """
 
     setting: Setting
@@ -53,6 +55,8 @@ class Measured:
     sent: float
     noise_s: float
     message_s: float
+    exchange_s: float
+    once_s: float
 
 
 def measure(root: Path, setting: Setting, *, number: int, cores: int, clock: str) -> Measured:
@@ -102,6 +106,7 @@ def _places(setting: Setting) -> Iterator[list[list[str]]]:
 
 def _order(config: dict[str, Any], rank: int, setting: Setting, out: Path) -> str:
     order = {"config": config, "rank": rank, "workers": setting.workers, "out": str(out)}
+    order["alone"] = setting.workers <= 2 and setting.mbit is None  # what is fitted only
     if setting.workers > 1:
         order |= {"store": f"tcp://{ADDRESS.format(1)}:{_PORT}", "interface": INTERFACE}
     return json.dumps(order)
@@ -123,9 +128,20 @@ def _boiled_down(setting: Setting, seen: list[dict[str, Any]], shared: int | Non
         total=median(sum(load) for load in loads),
         most=median(max(load) for load in loads),
         sent=sum(sent) / len(sent),
-        noise_s=min(worker["alone"]["noise_s"] for worker in seen),
-        message_s=min(worker["alone"]["message_s"] for worker in seen),
+        noise_s=_alone("noise", seen, 1 if shared else None),
+        message_s=_alone("message", seen, shared),
+        exchange_s=_alone("exchange", seen, shared),
+        once_s=seen[0]["once_wall_s" if shared is None else "once_cpu_s"] / len(ended),
     )
+
+
+def _alone(part: str, seen: list[dict[str, Any]], shared: int | None) -> float:
+    """Seconds of one part: of the slowest worker by the wall, or of processors. 0: not timed."""
+    timed = [worker["alone"] for worker in seen if worker["alone"]]
+    if shared is None:
+        return max((facts[f"{part}_wall_s"] for facts in timed), default=0.0)
+    workers = 1 if part == "noise" else len(timed)
+    return sum(facts[f"{part}_cpu_s"] for facts in timed[:workers]) / shared
 
 
 def as_json(found: Measured) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 
 from dpldm_dist.config import parse_config
+from dpldm_dist.privacy.collective import even_slices
+from dpldm_dist.privacy.ledger import SharedLedger
 from dpldm_dist.privacy.randomness import integer_noise
 from dpldm_dist.runtime.collective import GroupCollective, SoloCollective
 from dpldm_dist.runtime.worker import Worker
@@ -26,7 +28,7 @@ from dpldm_dist.stages import finetune as stage
 from dpldm_dist.stages.finetune.private_data import PrivateData
 from dpldm_dist.stages.finetune.state import TrainingState
 
-_REPEATS = 20
+_REPEATS = 5
 
 
 def main(order: dict[str, Any]) -> None:
@@ -46,7 +48,7 @@ def main(order: dict[str, Any]) -> None:
     seen = _watch(order.get("interface"))
     worker = Worker(rank, workers, rank, torch.device("cpu"), collective)
     stage.finetune(parse_config(order["config"]), worker)
-    seen["alone"] = _alone(seen["parameters"], collective)
+    seen["alone"] = _alone(seen["parameters"], collective) if order["alone"] else {}
     Path(order["out"]).write_text(json.dumps(seen))
     if workers > 1:
         dist.barrier()
@@ -73,21 +75,51 @@ def _watch(interface: str | None) -> dict[str, Any]:
         seen["sent"].append(bytes_of(interface) if interface else 0)
 
     PrivateData.microbatches, TrainingState.tick = counted, timed
+    for name in ("charge", "bind"):
+        setattr(SharedLedger, name, _clocked(getattr(SharedLedger, name), seen))
     stage._show = lambda *arguments, **rest: None  # epsilon by PLD is no part of a step
     return seen
 
 
+def _clocked(function: Callable[..., Any], seen: dict[str, Any]) -> Callable[..., Any]:
+    """``function``, whose seconds are added up: what one worker does for all."""
+    seen |= {"once_wall_s": 0.0, "once_cpu_s": 0.0}
+
+    def clocked(*arguments: Any, **rest: Any) -> Any:
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            return function(*arguments, **rest)
+        finally:
+            seen["once_wall_s"] += time.perf_counter() - wall
+            seen["once_cpu_s"] += time.process_time() - cpu
+
+    return clocked
+
+
 def _alone(parameters: int, collective: Any) -> dict[str, float]:
-    """Seconds of single parts outside of a run: noise of all coordinates, a small reduction."""
-    started = time.perf_counter()
-    integer_noise(bytes(32), 0, parameters, std=2.0**30)
-    noise_s = time.perf_counter() - started
-    token = torch.zeros(1, dtype=torch.int64)
-    collective.sum_(token)
-    started = time.perf_counter()
-    for _ in range(_REPEATS):
-        collective.sum_(token)
-    return {"noise_s": noise_s, "message_s": (time.perf_counter() - started) / _REPEATS}
+    """Seconds of single parts outside of a run, by the wall and of processors: noise of all
+    coordinates, a small reduction, and what a step exchanges."""
+    token, whole_P = torch.zeros(1, dtype=torch.int64), torch.zeros(parameters, dtype=torch.int64)
+    bounds = even_slices(parameters, collective.world_size)
+
+    def exchange() -> None:
+        collective.sum_(whole_P)
+        collective.gather_slices_(whole_P, bounds)
+
+    parts = {
+        "noise": lambda: integer_noise(bytes(32), 0, parameters, std=2.0**30),
+        "message": lambda: collective.sum_(token),
+        "exchange": exchange,
+    }
+    found = {}
+    for name, part in parts.items():
+        part()
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(_REPEATS):
+            part()
+        found[f"{name}_wall_s"] = (time.perf_counter() - wall) / _REPEATS
+        found[f"{name}_cpu_s"] = (time.process_time() - cpu) / _REPEATS
+    return found
 
 
 def bytes_of(interface: str) -> int:

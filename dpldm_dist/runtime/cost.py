@@ -31,7 +31,8 @@ class Rates:
 
     row_s: one draw of one record, forward and backward. microbatch_s: what comes on top for each
     microbatch. noise_s: noise of one coordinate. coordinate_s: everything else that every worker
-    does for every coordinate (digest, optimizer, average). step_s: whatever depends on neither.
+    does for every coordinate (digest, optimizer, average). step_s: whatever else every worker does.
+    once_s: what one worker does for all (ledger).
     byte_s: one byte sent, if the network were free. link_byte_s: the same for the network, if the
     processors were. hop_s: one message. cores: workers that can compute at the same time; further
     ones share them (infinite: each has a device of its own).
@@ -42,6 +43,7 @@ class Rates:
     noise_s: float = 0.0
     coordinate_s: float = 0.0
     step_s: float = 0.0
+    once_s: float = 0.0
     byte_s: float = 0.0
     link_byte_s: float = 0.0
     hop_s: float = 0.0
@@ -118,7 +120,7 @@ def step_time(rates: Rates, work: Work, workers: int, load: Load | None = None) 
         noise_s=rates.noise_s * work.parameters / workers * crowd,
         coordinates_s=rates.coordinate_s * work.parameters * crowd,
         wire_s=wire_s + 3 * (workers - 1) * rates.hop_s * crowd,
-        rest_s=rates.step_s * crowd,
+        rest_s=rates.step_s * crowd + rates.once_s,
     )
 
 
