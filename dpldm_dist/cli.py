@@ -28,19 +28,27 @@ class Word:
 
 
 @dataclass(frozen=True)
+class Switch:
+    """An option of a sub-command without a value; it reaches the function as true or false."""
+
+    name: str
+    help: str
+
+
+@dataclass(frozen=True)
 class Command:
     """One sub-command: ``module:function``, what the help says, and where it runs.
 
     "here": in this process, which looks after the run directory itself if it needs one; "alone":
     on one worker that holds the run directory; "workers": on all workers of the run; "reader": in
     this process, and needs no worker: it reads what others wrote.
-    ``words``: what may be said without an option; they reach the function by their names.
+    ``words``: what may be said beside the options of all; they reach the function by their names.
     """
 
     function: str
     summary: str
     where: Literal["here", "alone", "workers", "reader"]
-    words: tuple[Word, ...] = ()
+    words: tuple[Word | Switch, ...] = ()
 
 
 SUBMITTED = ("demo", "prepare", "encode", "pretrain", "finetune", "sample", "evaluate", "report")
@@ -57,7 +65,10 @@ COMMANDS = {
         ("sample", "stages.sample:sample", "private model -> synthetic images", "workers"),
         ("evaluate", "stages.evaluate:evaluate", "scores against private images", "workers"),
         ("report", "stages.report:report", "the report that goes with a release", "alone"),
-        ("plan", "stages.plan:plan", "what a config would cost; touches no data", "here"),
+        (
+            *("plan", "stages.plan:plan", "what a config would cost; touches no data", "here"),
+            Switch("cluster", "predict it for clusters of GPUs, and propose batch and steps"),
+        ),
         ("audit", "audit:audit", "attack the mechanism of a config on made-up data", "here"),
         ("check", "stages.check:check", "test the machine, the disk and the workers", "here"),
         (
@@ -105,6 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         stage = stages.add_parser(name, help=command.summary, description=command.summary)
         for word in command.words:
+            if isinstance(word, Switch):
+                stage.add_argument(f"--{word.name}", action="store_true", help=word.help)
+                continue
             stage.add_argument(
                 word.name,
                 help=word.help,
@@ -139,9 +153,7 @@ def _run(options: argparse.Namespace) -> None:
     _perform(stage, config, words, where=command.where)
 
 
-def _perform(
-    stage: Callable[..., Any], config: Any, words: dict[str, str | None], *, where: str
-) -> None:
+def _perform(stage: Callable[..., Any], config: Any, words: dict[str, Any], *, where: str) -> None:
     """Hold the run directory, show progress, heed signals, and run the stage where it belongs."""
     if where == "reader":
         stage(config, **words)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -50,6 +51,26 @@ def _whole(value: Any) -> int:
     return value
 
 
+_URL = re.compile(r"(s3|gs|gcs|https?|abfss?|az|adl|hdfs|webhdfs|oss|memory)://[^\s@?#]+")
+
+
+def _place(value: str | Path) -> str | Path:
+    """A text with :// is an address and stays one; anything else is a path."""
+    if "://" not in str(value):
+        return Path(value)
+    if not _URL.fullmatch(str(value)) or "::" in str(value):
+        raise ValueError(
+            "expected a folder, or an address such as s3://bucket/folder, gs://bucket/folder or "
+            "https://host/folder, without name, password or signature: credentials belong into "
+            "the environment"
+        )
+    return str(value)
+
+
+Place = Annotated[str | Path, AfterValidator(_place)]
+"""A folder (Path), or the address of one (str) that is read through a cache."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(
         frozen=True,
@@ -71,10 +92,12 @@ class DatasetConfig(_Section):
     classes: tuple[str, ...] | None = None
     """Names of the classes, in order; other labels are refused. None: those found in the data,
     which a run on private data then publishes (held-out data: those of the private data)."""
-    images: Path | None = None
-    """Folder of image shards. None: inside the run directory."""
-    latents: Path | None = None
-    """Folder of latent shards. None: inside the run directory."""
+    images: Place | None = None
+    """Folder of image shards, or its address (s3://, gs://, https://, ...) where they are finished:
+    they are then fetched through ``data.cache_dir``. None: inside the run directory."""
+    latents: Place | None = None
+    """Folder of latent shards, or its address where they are finished. None: inside the run
+    directory."""
 
 
 class DataConfig(_Section):
@@ -100,6 +123,11 @@ class DataConfig(_Section):
     """Store the mirrored image too, as a second view of the same record. Not for text or digits."""
     allow_shared_files: bool = False
     """Read shards of private or held-out data although other users may read or change them."""
+    cache_dir: Path | None = None
+    """Folder of this machine for shards of data sets that are addresses, closed to other users and
+    shared by all workers of the machine. None: ``~/.cache/dpldm_dist``."""
+    cache_gb: float = Field(100.0, gt=0)
+    """Most gigabytes (2^30 bytes) in it; the oldest shards go first. Never changes the result."""
     public: DatasetConfig = DatasetConfig()
     private: DatasetConfig = DatasetConfig()
     heldout: DatasetConfig = DatasetConfig()
@@ -296,6 +324,50 @@ class AuditConfig(_Section):
     """Steps in which the audit looks at who was drawn."""
 
 
+def _increasing(pair: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < pair[0] <= pair[1]:
+        raise ValueError("expected [worst, best], both above 0, the best not below the worst")
+    return pair
+
+
+def _decreasing(pair: tuple[float, float]) -> tuple[float, float]:
+    if not pair[0] >= pair[1] > 0:
+        raise ValueError("expected [worst, best], both above 0, the worst not below the best")
+    return pair
+
+
+Rising = Annotated[tuple[float, float], AfterValidator(_increasing)]
+Falling = Annotated[tuple[float, float], AfterValidator(_decreasing)]
+
+
+class ClusterConfig(_Section):
+    """Clusters for which ``dpldm plan --cluster`` predicts: nothing of it was measured. A range is
+    [worst, best]; docs/scaling.md names the sources of the defaults."""
+
+    gpus: tuple[Annotated[int, Field(ge=1)], ...] = (8, 32, 128, 512, 1024)
+    batches: tuple[Annotated[int, Field(ge=1)], ...] = (4096, 16384, 65536, 262144)
+    """Expected records per step."""
+    tflops: Rising = (19.5, 67.0)
+    """Of one GPU in fp32, 10^12 operations per second: A100 to H100."""
+    utilisation: Rising = (0.2, 0.5)
+    """Share of them that the network reaches."""
+    launch_ms: Falling = (40.0, 10.0)
+    """What a microbatch costs beyond its operations, milliseconds: thousands of small kernels."""
+    link_gbit: Rising = (100.0, 400.0)
+    """Network of one GPU, 10^9 bits per second: HDR100 to NDR InfiniBand."""
+    hop_us: Falling = (20.0, 5.0)
+    """One message between two GPUs, microseconds."""
+    noise_per_s: Rising = (1e7, 5e7)
+    """Coordinates of noise that a worker draws in a second, on its CPU."""
+    hash_gb: Rising = (0.4, 2.0)
+    """Gigabytes that a CPU core digests in a second with SHA-256."""
+    rest_ms: Falling = (30.0, 5.0)
+    """Ledger, launches and self-checks of a step, milliseconds."""
+    gpu_hours: float | None = Field(None, gt=0)
+    """What may be spent on the noisy steps: ``dpldm plan --cluster`` then proposes batch, steps,
+    noise and draws. None: no proposal."""
+
+
 class RunConfig(_Section):
     dir: Path = Path("runs/default")
     """Everything of a run lies here: ``public/``, ``private/`` (0700) and ``release/``."""
@@ -310,6 +382,9 @@ class RunConfig(_Section):
     microbatch: int = Field(64, ge=2)
     """Records in one forward pass of the private training: never changes the result beyond the
     stated bound."""
+    prefetch: int = Field(4, ge=0)
+    """Microbatches that a worker makes ready in the background while it computes: never changes the
+    result. 0: none."""
     checkpoint_every: int = Field(20, ge=1)
     """Steps between checkpoints."""
     checkpoint_keep: int = Field(2, ge=2)
@@ -380,6 +455,7 @@ class Config(_Section):
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     audit: AuditConfig = AuditConfig()
+    cluster: ClusterConfig = ClusterConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
@@ -393,6 +469,23 @@ class Config(_Section):
         ):
             raise ValueError(
                 "privacy.dataset_epsilon, privacy.dataset_delta: expected both numbers, or none"
+            )
+        for which in ("public", "private", "heldout"):
+            dataset = getattr(self.data, which)
+            if isinstance(dataset.images, str) and dataset.source is not None:
+                raise ValueError(
+                    f"data.{which}.images: expected a folder where data.{which}.source is given; "
+                    "an address is only read"
+                )
+        if (
+            self.privacy
+            and isinstance(self.data.private.latents, str)
+            and self.privacy.dataset_epsilon is not None
+            and self.privacy.dataset_ledger is None
+        ):
+            raise ValueError(
+                "privacy.dataset_ledger: expected the file of the budget, because nothing can be "
+                "written beside data.private.latents"
             )
         if self.data.unit == "image" and self.data.max_images_per_unit > 1:
             raise ValueError(

@@ -26,7 +26,7 @@ from dpldm_dist.privacy.gradients import PerRecordGradients
 from dpldm_dist.privacy.ledger import SharedLedger
 from dpldm_dist.privacy.optimizer import DistributedDPOptimizer, NoisyStep, NoisySum
 from dpldm_dist.privacy.randomness import derive_key, integer_noise
-from dpldm_dist.privacy.sampling import Lanes, PoissonSampling, dyadic_rate
+from dpldm_dist.privacy.sampling import Lanes, PoissonSampling, Selection, dyadic_rate
 from dpldm_dist.privacy.selfcheck import RecordTally
 from dpldm_dist.runtime.collective import GroupCollective
 from dpldm_dist.runtime.rundir import private_files
@@ -308,10 +308,23 @@ def empty_batches_dropped() -> list[Any]:
 
 
 def coins(change: Callable[[Any, Any, int, int, int], np.ndarray]) -> list[Any]:
-    def replaced(select: Any) -> Any:
-        return lambda self, step, shard, records: change(self, select, step, shard, records)
+    """Lanes whose shards are drawn one by one, by ``change``(sampling, its select, step, shard,
+    records)."""
 
-    return [method(PoissonSampling, "select", replaced)]
+    def replaced(_: Any) -> Any:
+        def drawn(self: Lanes, sampling: PoissonSampling, step: int, lane: int) -> Selection:
+            shards, select = self._shards[lane], PoissonSampling.select
+            found = [
+                change(sampling, select, step, int(shard), int(self._records_S[shard]))
+                for shard in shards
+            ]
+            empty = [np.zeros(0, np.int64)]
+            owners = np.repeat(shards, [len(places) for places in found])
+            return Selection(owners[: self._cap], np.concatenate(found or empty)[: self._cap])
+
+        return drawn
+
+    return [method(Lanes, "select", replaced)]
 
 
 def workers_share_coins() -> list[Any]:

@@ -18,6 +18,7 @@ FLOOR |= {"config": 1, "privacy": 1, "models": 1, "errors": 0, "": 0}
 ALLOWED_IMPORTERS = {
     "ray": tuple(f"runtime/{name}_ray.py" for name in ("launch", "policies", "submit", "slurm")),
     "webdataset": r"data/shards.py",
+    "fsspec": r"data/remote.py",
     "opacus": r"privacy/",
     "pickle": None,
     "yaml": None,

@@ -141,7 +141,17 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def is_full_disk(error: OSError) -> bool:
+    """Whether the disk, or the user's share of it, has no room left."""
+    return error.errno in _FULL
+
+
+def no_space(path: Path) -> str:
+    """What to say then."""
+    return f"No space left to write {path}: free some, then give the same command again."
+
+
 def _write_trouble(path: Path, error: OSError) -> str:
-    if error.errno in _FULL:
-        return f"No space left to write {path}: free some, then give the same command again."
+    if is_full_disk(error):
+        return no_space(path)
     return f"Cannot write {path}: {error.strerror or error}."

@@ -14,6 +14,7 @@ import json
 import math
 import mmap
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -33,10 +34,14 @@ from dpldm_dist.data.manifest import (
     whole_number,
 )
 from dpldm_dist.data.npy import npy_array, npy_bytes, npy_header
+from dpldm_dist.data.remote import Mirror, folder_and_mirror
 from dpldm_dist.data.shards import Member, scan_tar, stream_items, write_tar
 from dpldm_dist.errors import DataError
 
 _OPEN_MAPS = 256  # shards mapped at a time: a map holds a file descriptor
+MAPPED_BYTES = 512 << 20
+"""Shards mapped at a time, in bytes, or one of them: more is never resident, whatever was read."""
+_TRIES = 3  # to open a shard that another worker of the node may drop from the cache meanwhile
 _COLUMNS = 3  # of the offset table, before the labels
 _MOST_NUMBERS = 2**32  # of a record: its bytes fit into a tar member, and no product overflows
 _HALF = np.dtype(np.float16)
@@ -54,6 +59,14 @@ class LatentRecord:
     moments: np.ndarray
     labels: Sequence[int]
     context: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class _OpenShard:
+    """A shard in use: its offset table, int64 (records, 3 + m), and the map of its file."""
+
+    table: np.ndarray
+    numbers: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -272,55 +285,69 @@ def _entry_name(name: str) -> str:
 class LatentShards:
     """A finished folder of latent shards, mapped into memory shard by shard when first needed.
 
-    latent_shape: (C, h, w). views: V. images_per_record: m. context_shape: (tokens, dim) or None.
-    shard_records: records of each shard, which are private facts for private data.
+    ``place``: a folder, or the mirror of one that lies elsewhere, whose shards are then fetched
+    when first needed. latent_shape: (C, h, w). views: V. images_per_record: m. context_shape:
+    (tokens, dim) or None. shard_records: records of each shard, which are private facts for private
+    data. Threads may share it.
 
     Formal guarantees: with ``verify``, a shard is used only after its size and sha256 and those of
     its offset table were found to be the manifest's, and every offset was found in the tar; a shard
     that is written or replaced later is verified again before it is used again. In any case no
     offset leads out of the file or to bytes that are not an array of the stated shape, and no two
-    shards have the same content.
+    shards have the same content. At most ``mapped_bytes`` of shards, or one shard, are mapped at a
+    time, and their tables held; so no more of the data is ever resident.
     Raises: DataError, naming the file.
     """
 
-    def __init__(self, folder: Path, *, verify: bool = True):
-        self.folder = Path(folder).absolute()
+    def __init__(
+        self, place: Path | Mirror, *, verify: bool = True, mapped_bytes: int = MAPPED_BYTES
+    ):
+        self.folder, self._mirror = folder_and_mirror(place)
         self.manifest = Manifest.read(self.folder, "latents")
         self._verify = verify
+        self._mapped_bytes = mapped_bytes
         try:
             self._read_facts(self.manifest.facts)
         except (KeyError, TypeError, ValueError):
             raise DataError(
                 f"{self.folder} is not a folder of latent shards: encode again."
             ) from None
-        self._tables: dict[int, np.ndarray] = {}
-        self._verified: dict[int, tuple[int, ...]] = {}  # which file it was
-        self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
-        self.manifest.verify(self.folder, contents=False)  # every shard is there and whole
+        self._verified: dict[int, tuple[int, ...]] = {}  # which files they were
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._lock = threading.RLock()
+        if self._mirror is None:
+            self.manifest.verify(self.folder, contents=False)  # every shard is there and whole
         self._refuse_repeated_shards()
 
     def records(self, shard: int, indices: np.ndarray) -> LatentRecords:
         """The records at places ``indices`` (n,) of one shard, in that order."""
-        table = self._table_of(shard)
-        if len(indices) and not 0 <= np.min(indices) <= np.max(indices) < len(table):
+        found = self._opened(shard)
+        if len(indices) and not 0 <= np.min(indices) <= np.max(indices) < len(found.table):
             raise IndexError("a place beyond the records of its shard")
-        rows = table[indices]
-        numbers = self._map_of(shard)
+        rows = found.table[indices]
         context = None
         if self.context_shape is not None:
-            context = _gather(numbers, rows[:, 1], (self.images_per_record, *self.context_shape))
-        moments = _gather(numbers, rows[:, 0], self._moments_shape)
+            shape = (self.images_per_record, *self.context_shape)
+            context = _gather(found.numbers, rows[:, 1], shape)
+        moments = _gather(found.numbers, rows[:, 0], self._moments_shape)
         return LatentRecords(moments, rows[:, _COLUMNS:], rows[:, 2], context)
 
     def count(self, shard: int) -> int:
-        """Records of one shard, counted in its offset table; it is verified if it was not yet."""
-        return len(self._table_of(shard))
+        """Records of one shard, counted in its offset table, which is verified; the shard itself is
+        when one of its records is first asked for."""
+        index = self._indexes[shard]
+        self._bring([index])
+        if self._verify:
+            self._require_content(index)
+        return len(self._read_table(shard))
 
     def gather(self, shards: np.ndarray, places: np.ndarray) -> LatentRecords:
         """The records at ``places`` (n,) of ``shards`` (n,), in that order."""
         count = len(shards)
         result = self._empty(count)
-        for shard in np.unique(shards):
+        wanted = np.unique(shards)
+        self._bring([name for shard in wanted for name in self._names(int(shard))])
+        for shard in wanted:
             chosen = np.flatnonzero(shards == shard)
             part = self.records(int(shard), places[chosen])
             result.moments[chosen], result.labels[chosen] = part.moments, part.labels
@@ -369,11 +396,56 @@ class LatentShards:
                 "twice. Encode again."
             )
 
-    def _map_of(self, shard: int) -> np.ndarray:
-        """The shard as float16 numbers out of a memory map; the least recently used is let go."""
-        if shard in self._maps:
-            self._maps.move_to_end(shard)
-            return self._maps[shard]
+    def _names(self, shard: int) -> tuple[str, str]:
+        return self.files[shard], self._indexes[shard]
+
+    def _bring(self, names: Sequence[str]) -> None:
+        """Files of a mirror are there afterwards, unless the cache is too small for all of them."""
+        if self._mirror is not None:
+            self._mirror.fetch({name: self.manifest.file(name) for name in names})
+
+    def _opened(self, shard: int) -> _OpenShard:
+        """A shard ready to be read. It is verified when it is first asked for, and again when its
+        files are not the ones that were verified."""
+        for left in reversed(range(_TRIES)):
+            self._bring(self._names(shard))
+            try:
+                with self._lock:
+                    return self._open_verified(shard)
+            except DataError:
+                gone = not all((self.folder / name).exists() for name in self._names(shard))
+                if self._mirror is None or not gone or not left:
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+    def _open_verified(self, shard: int) -> _OpenShard:
+        now = self._identities(shard)
+        known = self._verified.get(shard) == now
+        if known and shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        self._open.pop(shard, None)
+        if self._verify and not known:
+            for name in self._names(shard):
+                self._require_content(name)
+            now = self._identities(shard)
+        found = _OpenShard(self._read_table(shard), self._map(shard))
+        if not known:
+            self._require_sound(found, shard)
+        self._verified[shard] = now
+        self._open[shard] = found
+        self._close_oldest()
+        return found
+
+    def _close_oldest(self) -> None:
+        """Unmap the least recently used shards until the others are within the bounds."""
+        total = sum(shard.numbers.nbytes + shard.table.nbytes for shard in self._open.values())
+        while len(self._open) > 1 and (len(self._open) > _OPEN_MAPS or total > self._mapped_bytes):
+            _, closed = self._open.popitem(last=False)
+            total -= closed.numbers.nbytes + closed.table.nbytes
+
+    def _map(self, shard: int) -> np.ndarray:
+        """The shard as float16 numbers out of a memory map."""
         path = self.folder / self.files[shard]
         try:
             with opened(path) as file:
@@ -382,52 +454,46 @@ class LatentShards:
             raise DataError(f"{path} cannot be read: restore it, or encode again.") from None
         if len(mapped) != self.manifest.file(self.files[shard])["bytes"]:
             raise DataError(f"{path} changed its size while in use: restore it, or encode again.")
-        self._maps[shard] = np.frombuffer(mapped, dtype=_HALF, count=len(mapped) // _HALF.itemsize)
-        if len(self._maps) > _OPEN_MAPS:
-            self._maps.popitem(last=False)
-        return self._maps[shard]
+        return np.frombuffer(mapped, dtype=_HALF, count=len(mapped) // _HALF.itemsize)
 
-    def _table_of(self, shard: int) -> np.ndarray:
-        """The offset table of a shard, which is verified when it is first asked for, and again when
-        its file is not the one that was verified."""
-        now = _identity(self.folder / self.files[shard])
-        if self._verified.get(shard) != now:
-            self._maps.pop(shard, None)
-            self._tables[shard] = self._checked_table(shard)
-            self._verified[shard] = now
-        return self._tables[shard]
+    def _identities(self, shard: int) -> tuple[int, ...]:
+        return sum((_identity(self.folder / name) for name in self._names(shard)), ())
 
-    def _checked_table(self, shard: int) -> np.ndarray:
-        name, index = self.files[shard], self._indexes[shard]
-        if self._verify:
+    def _require_content(self, name: str) -> None:
+        """Raises: DataError unless a file is what the manifest says; a mirror fetches it again."""
+        try:
             verify_file(self.folder / name, self.manifest.file(name))
-            verify_file(self.folder / index, self.manifest.file(index))
+        except DataError:
+            if self._mirror is None:
+                raise
+            self._mirror.fetch_again(name, self.manifest.file(name))
+
+    def _read_table(self, shard: int) -> np.ndarray:
+        index = self._indexes[shard]
         shape = (self.shard_records[shard], _COLUMNS + self.images_per_record)
         payload = read_file(self.folder / index, most_bytes=shape[0] * shape[1] * 8 + 4096)
-        table = npy_array(payload, dtype=np.int64, shape=shape, name=index)
-        self._require_sound(table, shard)
-        if self._verify:
-            raw = self._map_of(shard).view(np.uint8)
-            context = (
-                None
-                if self.context_shape is None
-                else (self.images_per_record, *self.context_shape)
-            )
-            if not np.array_equal(_table(raw, name, self._moments_shape, context), table):
-                raise DataError(f"{index} does not fit {name}: encode again.")
-        return table
+        return npy_array(payload, dtype=np.int64, shape=shape, name=index)
 
-    def _require_sound(self, table: np.ndarray, shard: int) -> None:
-        """Offsets lie in the file at arrays of the right shape; labels and counts are in range."""
-        index, raw = self._indexes[shard], self._map_of(shard).view(np.uint8)
+    def _require_sound(self, found: _OpenShard, shard: int) -> None:
+        """Offsets lie in the file at arrays of the right shape; labels and counts are in range;
+        with ``verify``, the table is the one that the tar itself gives."""
+        name, index = self._names(shard)
+        table, raw = found.table, found.numbers.view(np.uint8)
         images, labels = table[:, 2], table[:, _COLUMNS:]
-        sound = _arrays_at(raw, table[:, 0], self._moments_shape)
+        context = None
         if self.context_shape is not None:
-            sound &= _arrays_at(raw, table[:, 1], (self.images_per_record, *self.context_shape))
+            context = (self.images_per_record, *self.context_shape)
+        sound = _arrays_at(raw, table[:, 0], self._moments_shape)
+        if context is not None:
+            sound &= _arrays_at(raw, table[:, 1], context)
         sound &= bool(((images >= 1) & (images <= self.images_per_record)).all())
         sound &= bool(((labels >= 0) & (labels < max(1, len(self.classes)))).all())
         if not sound:
             raise DataError(f"{index} holds offsets or labels that are out of range: encode again.")
+        if self._verify and not np.array_equal(
+            _table(raw, name, self._moments_shape, context), table
+        ):
+            raise DataError(f"{index} does not fit {name}: encode again.")
 
 
 def _identity(path: Path) -> tuple[int, ...]:
@@ -439,9 +505,9 @@ def _identity(path: Path) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def all_latents(folder: Path) -> LatentRecords:
+def all_latents(place: Path | Mirror) -> LatentRecords:
     """All records of a folder in memory: for public pre-training. Raises: DataError."""
-    latents = LatentShards(folder)
+    latents = LatentShards(place)
     counts = np.array(latents.shard_records, dtype=np.int64)
     shards = np.repeat(np.arange(len(counts)), counts)
     places = (
@@ -453,7 +519,7 @@ def all_latents(folder: Path) -> LatentRecords:
 
 
 def stream_latents(
-    folder: Path,
+    place: Path | Mirror,
     *,
     seed: int,
     rank: int,
@@ -465,7 +531,7 @@ def stream_latents(
     Yields, per image: moments float32 (V, 2C, h, w), label, context float32 (tokens, dim) or None.
     Not a Poisson sample: never for private training. Raises: DataError, naming the file.
     """
-    latents = LatentShards(folder)
+    latents = LatentShards(place)
 
     def decode(
         members: dict[str, Any], name: str
@@ -489,7 +555,7 @@ def stream_latents(
             yield moments[image].astype(np.float32), labels[image], tokens
 
     return stream_items(
-        latents.folder,
+        place,
         latents.manifest,
         latents.files,
         decode=decode,

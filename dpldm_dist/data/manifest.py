@@ -22,7 +22,7 @@ from dpldm_dist.errors import DataError, RunError
 
 MANIFEST = "manifest.json"
 KINDS = ("images", "latents", "autoencoder", "model", "samples", "evaluation", "report")
-_MOST_BYTES = 1 << 30  # nobody's manifest is larger; bounds what a hostile file can make us read
+MOST_MANIFEST_BYTES = 1 << 30  # nobody's is larger; bounds what a hostile file makes us read
 _FIELDS = {"kind", "facts", "files", "config", "parents"}
 _MOST_SHOWN = 80  # characters of a name that a hostile file gives
 Fact = TypeVar("Fact")
@@ -72,7 +72,7 @@ class Manifest:
         if not path.is_file():
             what = kind or "files"
             raise DataError(f"{path} is missing: expected finished {what} there. Make them first.")
-        manifest = _parse(path, read_file(path, most_bytes=_MOST_BYTES))
+        manifest = _parse(path, read_file(path, most_bytes=MOST_MANIFEST_BYTES))
         if kind is not None and manifest.kind != kind:
             raise DataError(
                 f"{path} describes {manifest.kind}, expected {kind}: give another folder."

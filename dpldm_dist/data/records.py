@@ -24,6 +24,7 @@ from dpldm_dist.data.files import make_folder, read_file, write_file
 from dpldm_dist.data.manifest import Manifest
 from dpldm_dist.data.npy import npy_array, npy_bytes
 from dpldm_dist.data.picture import DIGEST_BYTES, SourceImage, content_digest, square_image
+from dpldm_dist.data.remote import Mirror, brought, folder_and_mirror
 from dpldm_dist.data.shards import ImageRecord, ImageShards, write_image_shard
 from dpldm_dist.errors import ConfigError, DataError, PrivacyError, RunError
 
@@ -236,13 +237,15 @@ def write_image_set(
     return ImageSet(shards, digests, owners, names, skipped)
 
 
-def content_digests(folder: Path) -> set[bytes]:
+def content_digests(place: Path | Mirror) -> set[bytes]:
     """Content digests of all images of a finished folder. Raises: DataError."""
+    folder, mirror = folder_and_mirror(place)
     manifest = Manifest.read(folder, "images")
     if CONTENT not in manifest.files:
-        shards = ImageShards(folder)
+        shards = ImageShards(place)
         records = (record for shard in range(len(shards.files)) for record in shards.records(shard))
         return {content_digest(image) for record in records for image in record.images}
+    brought(folder, mirror, CONTENT, manifest)
     manifest.verify(folder, [CONTENT])
     shape = (manifest.fact("images", int), DIGEST_BYTES)
     table = npy_array(read_file(folder / CONTENT), dtype=np.uint8, shape=shape, name=CONTENT)

@@ -32,6 +32,7 @@ from dpldm_dist.data.manifest import (
     whole_number,
 )
 from dpldm_dist.data.npy import npy_array, npy_bytes
+from dpldm_dist.data.remote import Mirror, brought, folder_and_mirror
 from dpldm_dist.errors import DataError
 
 KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # with its extension it fits a plain tar header
@@ -136,14 +137,15 @@ def _member(header: bytes, offset: int, name: str) -> Member:
 
 
 class ImageShards:
-    """A finished folder of image shards.
+    """A finished folder of image shards, or the mirror of one that lies elsewhere.
 
     Formal guarantees: a shard is read only if its size and sha256 are those of the manifest.
     Raises: DataError, naming the file, for anything missing, damaged or of another form.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder).absolute()
+    def __init__(self, place: Path | Mirror):
+        self.place = place
+        self.folder, self._mirror = folder_and_mirror(place)
         self.manifest = Manifest.read(self.folder, "images")
         try:
             facts = self.manifest.facts
@@ -166,7 +168,8 @@ class ImageShards:
     def records(self, shard: int) -> list[ImageRecord]:
         """All records of a shard, in their order on disk."""
         name = self.files[shard]
-        payload = read_verified(self.folder / name, self.manifest.file(name))
+        path = brought(self.folder, self._mirror, name, self.manifest)
+        payload = read_verified(path, self.manifest.file(name))
         records = [
             self._record(*parts, name) for parts in _pairs(payload, scan_tar(payload, name), name)
         ]
@@ -199,12 +202,12 @@ class ImageShards:
         return ImageRecord(key, array, labels, captions)
 
 
-def read_images(folder: Path, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def read_images(place: Path | Mirror, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """All images (or the first ``limit``), uint8 (N, C, H, W), and their labels, int64 (N,).
 
     Raises: DataError, naming the file, if a shard is not what its manifest says.
     """
-    shards = ImageShards(folder)
+    shards = ImageShards(place)
     images, labels, count = [], [], 0
     for shard in range(len(shards.files)):
         if limit is not None and count >= limit:
@@ -238,7 +241,7 @@ def _bytes_of(payload: bytes, member: Member) -> bytes:
 
 
 def stream_images(
-    folder: Path,
+    place: Path | Mirror,
     *,
     batch: int,
     steps: int,
@@ -253,7 +256,7 @@ def stream_images(
     data repeats with another order. Not a Poisson sample: never for private training.
     Raises: DataError, naming the file.
     """
-    shards = ImageShards(folder)
+    shards = ImageShards(place)
 
     def decode(members: dict[str, bytes], name: str) -> Iterator[tuple[np.ndarray, int]]:
         if not {"images.npy", "json"} <= members.keys():
@@ -262,7 +265,7 @@ def stream_images(
         yield from zip(record.images.transpose(0, 3, 1, 2), record.labels, strict=True)
 
     items = stream_items(
-        shards.folder,
+        place,
         shards.manifest,
         shards.files,
         decode=decode,
@@ -277,7 +280,7 @@ def stream_images(
 
 
 def stream_items(
-    folder: Path,
+    place: Path | Mirror,
     manifest: Manifest,
     names: Sequence[str],
     *,
@@ -293,15 +296,17 @@ def stream_items(
     shard is verified when it is first opened. Raises: DataError, naming the file.
     """
     verified: set[str] = set()
+    folder, mirror = folder_and_mirror(place)
 
     def streams(epoch: int) -> Iterator[dict[str, Any]]:
         order = list(names)
         random.Random(f"{seed}-{epoch}").shuffle(order)
         for name in order[rank::world_size] if len(names) >= world_size else order:
-            if name not in verified:
-                verify_file(folder / name, manifest.file(name))
+            path = brought(folder, mirror, name, manifest)
+            if name not in verified or mirror is not None:
+                verify_file(path, manifest.file(name))
                 verified.add(name)
-            with opened(folder / name) as stream:
+            with opened(path) as stream:
                 yield {"url": name, "stream": stream}
 
     def mine(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

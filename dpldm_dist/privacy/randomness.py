@@ -14,15 +14,17 @@ import hashlib
 import hmac
 import math
 import secrets
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms
 from torch import Tensor
 
 KEY_BYTES = 32
 NOISE_BLOCK = 1 << 16  # coordinates of the noise that share one derived key
 _ANGLE_BITS = 53
+_PART_BYTES = 1 << 20  # of a long keystream: stays in the cache of a core
 
 
 def new_key() -> bytes:
@@ -44,9 +46,20 @@ def commitment(key: bytes, purpose: str, payload: bytes) -> str:
 
 def keystream(key: bytes, length: int, *, stream: int = 0) -> np.ndarray:
     """``length`` bytes of ChaCha20 under ``key``; ``stream`` picks one of 2^64 disjoint streams."""
+    return np.frombuffer(_encryptor(key, stream).update(bytes(length)), dtype=np.uint8)
+
+
+def keystream_parts(key: bytes, length: int) -> Iterator[np.ndarray]:
+    """The same bytes as ``keystream(key, length)``, a part of them at a time."""
+    encryptor, zeros = _encryptor(key, 0), bytes(min(length, _PART_BYTES))
+    for start in range(0, length, _PART_BYTES):
+        part = memoryview(zeros)[: length - start]
+        yield np.frombuffer(encryptor.update(part), dtype=np.uint8)
+
+
+def _encryptor(key: bytes, stream: int) -> CipherContext:
     nonce = bytes(8) + stream.to_bytes(8, "little")  # 64-bit block counter, 64-bit nonce
-    encryptor = Cipher(algorithms.ChaCha20(key, nonce), mode=None).encryptor()
-    return np.frombuffer(encryptor.update(bytes(length)), dtype=np.uint8)
+    return Cipher(algorithms.ChaCha20(key, nonce), mode=None).encryptor()
 
 
 def words(key: bytes, count: int, *, stream: int = 0) -> np.ndarray:

@@ -54,12 +54,13 @@ def prove_ownership(
     but through their sum, and nobody is told a number.
     Raises: PrivacyError, the same on every worker.
     """
-    mine, wanted = np.zeros((2, _WORDS), dtype=np.uint64)
+    difference = np.zeros(_WORDS, dtype=np.uint64)
     for ids in owned:
-        mine += _count_and_hash(key, ids)
-    for shard, records in enumerate(shard_records):
-        wanted += _count_and_hash(key, np.arange(records, dtype=np.int64) | shard << 40)
-    if (_sum_over_workers(mine, collective, device) != wanted).any():
+        difference += _count_and_hash(key, ids)
+    for shard in range(collective.rank, len(shard_records), collective.world_size):
+        ids = np.arange(shard_records[shard], dtype=np.int64) | shard << 40
+        difference -= _count_and_hash(key, ids)
+    if _sum_over_workers(difference, collective, device).any():
         raise PrivacyError(
             "The workers together do not own every private record exactly once, so a record could "
             "count twice or never. Nothing was released. Check that all machines see one folder "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from dpldm_dist.errors import ConfigError, PrivacyError, RunError
 
 KEY_BYTES = 32
 LEAST_FREE_BYTES = 200 * 2**20
+_CACHE = Path("~/.cache/dpldm_dist")
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
 _TRIES, _LOOK_S = 5, 0.02  # a look by `holder` is over long before
 
@@ -201,8 +203,12 @@ def dataset_dir(
     which: Literal["public", "private", "heldout"],
     what: Literal["images", "latents"],
 ) -> Path:
-    """Folder of a data set's shards: as configured in ``data.<which>``, or inside the run."""
-    configured: Path | None = getattr(getattr(config.data, which), what)
+    """Folder of a data set's shards: as configured in ``data.<which>``, or inside the run; of one
+    that is an address, where this machine keeps what it has of it."""
+    configured: Path | str | None = getattr(getattr(config.data, which), what)
+    if isinstance(configured, str):
+        name = hashlib.sha256(configured.rstrip("/").encode()).hexdigest()[:32]
+        return (config.data.cache_dir or _CACHE).expanduser().absolute() / name
     if configured is not None:
         return configured.expanduser().absolute()
     run = RunDir(config.run.dir)
@@ -245,6 +251,8 @@ def dataset_budget_file(config: Config) -> Path:
     configured = config.privacy.dataset_ledger if config.privacy is not None else None
     if configured is not None:
         return configured.expanduser().absolute()
+    if isinstance(config.data.private.latents, str):  # a cache is no place for it
+        return RunDir(config.run.dir).private / "budget.jsonl"
     return dataset_dir(config, "private", "latents").parent / "budget.jsonl"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -53,10 +53,10 @@ from dpldm_dist.runtime.rundir import RunDir, closed_dataset_dir, dataset_dir
 from dpldm_dist.runtime.stopping import StopRequest
 from dpldm_dist.runtime.tracking import Progress
 from dpldm_dist.runtime.worker import Worker
+from dpldm_dist.stages.places import Which, is_address, is_finished, place_of, shown_place
 
 WHAT = "autoencoder"
 KEPT_FACTS = frozenset({"duplicates", "unit"})  # of the images, that private training must know
-Which = Literal["public", "private", "heldout"]
 _ROWS = 256  # images and views in one forward pass
 _MEMORY_BYTES = 1 << 30  # public images up to this size are kept in memory by every worker
 _SCALE_IMAGES = 5000  # public images from which the latent scale is measured
@@ -115,18 +115,21 @@ def describe(config: Config) -> list[str]:
     """What ``encode`` would do, for --dry-run. Reads no image."""
     run = RunDir(config.run.dir)
     lines = [f"reads   {run.autoencoder} (autoencoder; trained first where it is missing)"]
-    for which in get_args(Which):
-        folder = dataset_dir(config, which, "images")
-        if (folder / MANIFEST).is_file():
-            lines.append(f"reads   {folder} ({which} images)")
-            lines.append(f"writes  {dataset_dir(config, which, 'latents')} ({which} latents)")
+    for which in _prepared(config):
+        lines.append(f"reads   {shown_place(config, which, 'images')} ({which} images)")
+        lines.append(f"writes  {dataset_dir(config, which, 'latents')} ({which} latents)")
     views = "as it is and mirrored" if config.data.flips else "as it is"
     return [*lines, f"encodes every image {views}, on {config.run.crew} worker(s)"]
 
 
 def _prepared(config: Config) -> list[Which]:
+    """Data sets with images to encode; latents that are an address are finished elsewhere."""
     names: tuple[Which, ...] = get_args(Which)
-    return [n for n in names if (dataset_dir(config, n, "images") / MANIFEST).is_file()]
+    return [
+        name
+        for name in names
+        if is_finished(config, name, "images") and not is_address(config, name, "latents")
+    ]
 
 
 # --- latents -----------------------------------------------------------------------------------
@@ -216,7 +219,7 @@ class _Encoder:
 def _encode_one(
     which: Which, config: Config, encoder: _Encoder, progress: Progress, worker: Worker
 ) -> Manifest:
-    images = ImageShards(closed_dataset_dir(config, which, "images"))
+    images = ImageShards(place_of(config, which, "images"))
     folder = closed_dataset_dir(config, which, "latents")
     finished = _finished(folder, encoder, images)
     worker.collective.barrier()  # all have looked before anybody writes
@@ -352,7 +355,7 @@ def _pixel_batches(
         return lambda leg, steps: (
             pixels
             for pixels, _ in stream_images(
-                images.folder,
+                images.place,
                 batch=rows.stop - rows.start,
                 steps=steps,
                 seed=leg,
@@ -360,7 +363,7 @@ def _pixel_batches(
                 world_size=worker.world_size,
             )
         )
-    pixels_NCHW, _ = read_images(images.folder)
+    pixels_NCHW, _ = read_images(images.place)
 
     def in_memory(leg: int, steps: int) -> Iterator[np.ndarray]:
         for _ in range(steps):
@@ -411,7 +414,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Squared error of public images in [0, 1]; with ``fold`` the latent scale is folded in."""
     autoencoder.to(device).eval()
-    pixels_NCHW, _ = read_images(images.folder, limit=_SCALE_IMAGES)
+    pixels_NCHW, _ = read_images(images.place, limit=_SCALE_IMAGES)
     error, means, variances = 0.0, [], []
     for start in range(0, len(pixels_NCHW), 250):
         part_BCHW = to_unit_range(torch.from_numpy(pixels_NCHW[start : start + 250]).to(device))
@@ -434,8 +437,9 @@ def _measure(
 
 
 def _public_images(config: Config) -> ImageShards | None:
-    folder = dataset_dir(config, "public", "images")
-    return ImageShards(folder) if (folder / MANIFEST).is_file() else None
+    if not is_finished(config, "public", "images"):
+        return None
+    return ImageShards(place_of(config, "public", "images"))
 
 
 def _required(images: ImageShards | None) -> ImageShards:

@@ -33,9 +33,10 @@ from dpldm_dist.models.classifier import SmallClassifier, predict, train_classif
 from dpldm_dist.models.directory import load_autoencoder
 from dpldm_dist.models.extractors import load_efficientnet, load_inception
 from dpldm_dist.models.pixels import to_uint8, to_unit_range
-from dpldm_dist.runtime.rundir import RunDir, closed_dataset_dir, dataset_dir
+from dpldm_dist.runtime.rundir import RunDir, dataset_dir
 from dpldm_dist.runtime.tracking import Progress
 from dpldm_dist.runtime.worker import Worker, solo_worker
+from dpldm_dist.stages.places import is_finished, place_of, shown_place
 
 MARK = "evaluation only, not DP"
 SYNTHETIC, REAL, ROUND_TRIP = "synthetic", "real", "real through the autoencoder"
@@ -54,10 +55,10 @@ def evaluate(config: Config, worker: Worker) -> Manifest:
     run, samples = RunDir(config.run.dir), _samples_folder(config)
     folder = run.private / "evaluation"
     settings = {"evaluate": _settings(config)}
-    heldout = closed_dataset_dir(config, "heldout", "images")
+    heldout = ImageShards(place_of(config, "heldout", "images"))
     parents = {
         "samples": Manifest.read(samples, "samples").digest,
-        "held-out images": Manifest.read(heldout, "images").digest,
+        "held-out images": heldout.manifest.digest,
     }
     for name, other in config.evaluate.compare.items():
         parents[name] = Manifest.read(other, "samples").digest
@@ -81,8 +82,8 @@ def describe(config: Config) -> list[str]:
     run, settings = RunDir(config.run.dir), config.evaluate
     return [
         f"reads   {_samples_folder(config)} (samples)",
-        f"reads   {dataset_dir(config, 'heldout', 'images')} (held-out private images)",
-        f"reads   {dataset_dir(config, 'private', 'images')} and the autoencoder of the model, for "
+        f"reads   {shown_place(config, 'heldout', 'images')} (held-out private images)",
+        f"reads   {shown_place(config, 'private', 'images')} and the autoencoder of the model, for "
         "the ceilings, where they exist",
         f"writes  {run.private / 'evaluation.json'}, {run.private / 'evaluation.html'}",
         f"runs    a classifier of {settings.classifier_steps} steps per set; FID and KID with "
@@ -224,14 +225,17 @@ class _AsItIs(nn.Module):
 
 
 def _heldout(config: Config) -> _Heldout:
-    folder = closed_dataset_dir(config, "heldout", "images")
-    images, labels = read_images(folder)
+    place = place_of(config, "heldout", "images")
+    images, labels = read_images(place)
     if len(labels) < 8:
-        raise DataError(f"{folder} holds too few images to judge by: expected at least 8.")
+        raise DataError(
+            f"{shown_place(config, 'heldout', 'images')} holds too few images to judge by: "
+            "expected at least 8."
+        )
     everything = Labelled(torch.from_numpy(images), torch.from_numpy(labels))
     order = np.lexsort((np.random.default_rng(0).permutation(len(labels)), labels))
     halves = torch.from_numpy(order[0::2].copy()), torch.from_numpy(order[1::2].copy())
-    return _Heldout(everything, ImageShards(folder).classes, *halves)
+    return _Heldout(everything, ImageShards(place).classes, *halves)
 
 
 def _chosen(
@@ -377,11 +381,10 @@ def _ceilings(
     config: Config, samples: Path, worker: Worker
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Real training images, as many as samples are scored, and the same through the autoencoder."""
-    folder = closed_dataset_dir(config, "private", "images")
-    if not (folder / "manifest.json").is_file():
+    if not is_finished(config, "private", "images"):
         return {}
     count = min(Manifest.read(samples, "samples").fact("images", int), config.evaluate.images)
-    images, labels = read_images(folder)
+    images, labels = read_images(place_of(config, "private", "images"))
     rows = np.random.default_rng(1).permutation(len(labels))[:count]
     sets = {REAL: (images[rows], labels[rows])}
     model = (config.sample.model or RunDir(config.run.dir).released_model).expanduser().absolute()

@@ -10,15 +10,10 @@ import rich.box
 import rich.console
 import rich.markup
 import rich.table
-import torch
 
 from dpldm_dist.config import Config
 from dpldm_dist.data.manifest import Manifest
 from dpldm_dist.errors import ConfigError
-from dpldm_dist.models.conditioning import ClassEmbedder
-from dpldm_dist.models.denoiser import Denoiser
-from dpldm_dist.models.trainable import select_trainable
-from dpldm_dist.models.unet import build_unet
 from dpldm_dist.privacy.accounting import (
     GaussianEvent,
     calibrate_noise_multiplier,
@@ -38,7 +33,9 @@ from dpldm_dist.privacy.plan import PrivacyPlan
 from dpldm_dist.privacy.telemetry import LOSS_BOUND
 from dpldm_dist.runtime.rundir import RunDir, dataset_budget_file
 from dpldm_dist.runtime.worker import Worker
+from dpldm_dist.stages.clusters import cluster_tables
 from dpldm_dist.stages.mechanism import plan_of, request_of, require_sections, telemetry_query
+from dpldm_dist.stages.shapes import shapes_of
 
 POINTS = 5  # of the curve, besides the start and the reserve
 # A trainable parameter beside the model itself: integer sum and its noise (8 bytes each), gradient,
@@ -64,8 +61,11 @@ class Cost:
         return near and self.rdp >= self.pld
 
 
-def plan(config: Config, worker: Worker) -> Manifest | None:
+def plan(config: Config, worker: Worker, *, cluster: bool = False) -> Manifest | None:
     """Print the mechanism that ``config`` describes and what it costs. Writes nothing: None.
+
+    With ``cluster``: also what a step would take on clusters of GPUs, and a proposal where
+    ``cluster.gpu_hours`` says what may be spent.
 
     Formal guarantees: touches no data; the number of records is the declared one. Where the data
     set has a budget for all its runs, that file is read.
@@ -85,15 +85,19 @@ def plan(config: Config, worker: Worker) -> Manifest | None:
         _show(console, "The release of latent statistics", _statistics_rows(mechanism))
     _show_dataset_budget(console, config, mechanism)
     _show(console, "Memory of the private step", _memory_rows(config))
+    if cluster:
+        for title, rows in cluster_tables(config, mechanism):
+            _show(console, title, rows, wrap=True)
     if not cost.agree:
         console.print("The accountants disagree: report this config as a bug, and do not run it.")
     return None
 
 
-def describe(config: Config) -> list[str]:
+def describe(config: Config, *, cluster: bool = False) -> list[str]:
     """What ``plan`` would do, for --dry-run."""
     lines = ["reads   the config only", "prints  noise, epsilon along the run and memory"]
     path = dataset_budget_file(config)
+    lines += ["prints  predictions for clusters, not measured"] if cluster else []
     return [*lines, f"reads   {path} (the budget of the data set)"] if path.exists() else lines
 
 
@@ -124,26 +128,7 @@ def trainable_parameters(config: Config) -> int | None:
     """Parameters that would learn, besides rows of classes; None if the model is not ours."""
     if config.model.init is not None or config.autoencoder.init is not None:
         return None
-    halvings = len(config.autoencoder.block_channels) - 1
-    kind = config.model.conditioning
-    with torch.device("meta"):  # shapes only
-        unet = build_unet(
-            latent_channels=config.autoencoder.latent_channels,
-            latent_size=config.data.size // 2**halvings,
-            block_channels=config.model.block_channels,
-            layers_per_block=config.model.layers_per_block,
-            heads=config.model.heads,
-            context_dim=config.model.context_dim,
-            norm_groups=config.model.norm_groups,
-            seed=0,
-        )
-        rows_NTD = torch.zeros(1, config.model.context_tokens, config.model.context_dim)
-        parameters = select_trainable(
-            Denoiser(unet, ClassEmbedder(rows_NTD, kind=kind)),
-            trainable=config.finetune.trainable,
-            first_block=config.finetune.first_block,
-            lora_rank=config.finetune.lora_rank,
-        )
+    _, parameters = shapes_of(config)
     return sum(p.numel() for name, p in parameters.items() if not name.startswith("embedder"))
 
 
@@ -284,12 +269,12 @@ def _number(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "outside its range"
 
 
-def _show(console: rich.console.Console, title: str, rows: Rows) -> None:
+def _show(console: rich.console.Console, title: str, rows: Rows, *, wrap: bool = False) -> None:
     table = rich.table.Table(
         box=rich.box.SIMPLE, show_header=False, title=title, title_justify="left"
     )
     table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=not wrap)
     for name, value in rows:
         table.add_row(rich.markup.escape(name), rich.markup.escape(value))
     console.print(table)

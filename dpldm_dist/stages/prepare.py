@@ -26,6 +26,7 @@ from dpldm_dist.errors import ConfigError, DataError, DpldmError, PrivacyError, 
 from dpldm_dist.runtime.rundir import RunDir, closed_dataset_dir, dataset_dir
 from dpldm_dist.runtime.tracking import Progress
 from dpldm_dist.runtime.worker import Worker
+from dpldm_dist.stages.places import is_finished, place_of
 
 Which = Literal["public", "private", "heldout"]
 _WORDS = {"public": "public", "private": "private", "heldout": "held-out"}
@@ -213,11 +214,11 @@ def _refuse_overlap(which: Which, config: Config, written: ImageSet) -> None:
     mine = set(written.digests)
     others: list[Which] = [other for other in get_args(Which) if other != which]
     for other in others:
-        folder = closed_dataset_dir(config, other, "images")
-        if not (folder / MANIFEST).is_file():
+        if not is_finished(config, other, "images"):
             continue
-        _require_same_form(config, folder)
-        common = mine & content_digests(folder)
+        place = place_of(config, other, "images")
+        _require_same_form(config, dataset_dir(config, other, "images"))
+        common = mine & content_digests(place)
         if common:
             listed = _list_privately(
                 config, f"overlap-{which}-{other}.json", written.names_of(common)

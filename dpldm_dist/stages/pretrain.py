@@ -37,8 +37,9 @@ from dpldm_dist.runtime.public_training import (
     shuffled,
     step_generator,
 )
-from dpldm_dist.runtime.rundir import RunDir, dataset_dir
+from dpldm_dist.runtime.rundir import RunDir
 from dpldm_dist.runtime.worker import Worker
+from dpldm_dist.stages.places import is_finished, place_of, shown_place
 
 WHAT = "public model"
 
@@ -81,7 +82,7 @@ def describe(config: Config) -> list[str]:
     if config.model.init is not None:
         return [f"reads   {config.model.init} (public model)", f"writes  {run.public_model}"]
     return [
-        f"reads   {dataset_dir(config, 'public', 'latents')} (public latents)",
+        f"reads   {shown_place(config, 'public', 'latents')} (public latents)",
         f"writes  {run.public_model}",
         f"trains  {config.pretrain.steps} steps of {config.pretrain.batch} latents on "
         f"{config.run.crew} worker(s)",
@@ -294,9 +295,8 @@ def _rows_of_kind(config: Config, found: LoadedModel) -> tuple[Tensor, tuple[str
             f"The text encoder of {found.folder} makes tokens of width {encoder.width}, its UNet "
             f"takes {found.unet.config.cross_attention_dim}: they do not belong together."
         )
-    folder = dataset_dir(config, "public", "images")
-    named = wanted == "class" and (folder / MANIFEST).is_file()
-    classes = ImageShards(folder).classes if named else ()
+    named = wanted == "class" and is_finished(config, "public", "images")
+    classes = ImageShards(place_of(config, "public", "images")).classes if named else ()
     return encoder([*(name.replace("_", " ") for name in classes), ""]).cpu(), tuple(classes)
 
 
@@ -337,10 +337,10 @@ def _public_latents(config: Config, autoencoder: Manifest) -> LatentShards:
             "model.conditioning = caption needs model.init, a local diffusers directory with a "
             "text encoder: set it, or choose class or none."
         )
-    folder = dataset_dir(config, "public", "latents")
-    if not (folder / MANIFEST).is_file():
+    folder = shown_place(config, "public", "latents")
+    if not is_finished(config, "public", "latents"):
         raise DataError(f"No public latents in {folder}: run the encode stage first.")
-    latents = LatentShards(folder)
+    latents = LatentShards(place_of(config, "public", "latents"))
     if latents.manifest.parents.get("autoencoder") != autoencoder.digest:
         raise DataError(
             f"The latents in {folder} were made by another autoencoder than that of this run: "

@@ -9,6 +9,7 @@ import shutil
 import stat
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -248,7 +249,7 @@ def test_a_shard_that_changes_during_the_run_is_noticed(copy, how):
     shards, path = LatentShards(copy), copy / "latents-00000.tar"
     before = shards.records(0, np.array([0])).moments
     content = bytearray(path.read_bytes())
-    start = int(shards._tables[0][0, 0])
+    start = int(shards._opened(0).table[0, 0])
     content[start] ^= 1
     match how:
         case "in place":
@@ -505,3 +506,74 @@ def test_streaming_goes_on_with_more_workers_than_shards(whole):
     for rank in range(5):
         items = stream_latents(whole, seed=0, rank=rank, world_size=5, buffer=4)
         assert all(next(items)[0].shape == SHAPE for _ in range(40))
+
+
+def resident(folder: Path) -> int:
+    """Bytes of the files of ``folder`` that this process holds in memory through its maps."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name = line.split()[0]
+        if "-" in name:
+            ours = str(folder) in line
+        elif name == "Rss:" and ours:
+            total += 1024 * int(line.split()[1])
+    return total
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """Twelve shards of about a megabyte each."""
+    folder, generator = tmp_path_factory.mktemp("large"), np.random.default_rng(0)
+    entries = [
+        write_latent_shard(
+            folder,
+            f"latents-{shard:05d}.tar",
+            (
+                LatentRecord(f"{shard}-{place}", generator.standard_normal((1, 1, 8, 32, 32)), [0])
+                for place in range(64)
+            ),
+            images_per_record=1,
+            source="s",
+            private=True,
+        )
+        for shard in range(12)
+    ]
+    write_latents_manifest(folder, entries, classes=["0"], config={}, parents={}, private=True)
+    return folder
+
+
+@pytest.mark.parametrize(("mapped_bytes", "least", "most"), [(3 << 20, 1, 3 << 20), (1, 1, 3 << 19), (1 << 30, 12 << 20, 20 << 20)])  # fmt: skip
+def test_no_more_of_the_data_is_resident_than_the_bound(large, mapped_bytes, least, most):
+    """The last case shows that the measure sees what is resident."""
+    shards, highest = LatentShards(large, mapped_bytes=mapped_bytes), 0
+    wanted = LatentShards(large).gather(np.arange(12), np.arange(12)).moments
+    for _ in range(2):
+        for shard in range(12):
+            shards.records(shard, np.arange(64))
+            highest = max(highest, resident(large))
+    assert least <= highest <= most
+    assert np.array_equal(shards.gather(np.arange(12), np.arange(12)).moments, wanted)
+
+
+def test_a_shard_that_was_closed_is_opened_again_without_being_verified_again(large, monkeypatch):
+    shards, seen = LatentShards(large, mapped_bytes=1), []
+    verify = latents_module.verify_file
+    monkeypatch.setattr(
+        latents_module, "verify_file", lambda path, facts: seen.append(path) or verify(path, facts)
+    )
+    for _ in range(3):
+        shards.gather(np.arange(12), np.arange(12))
+    assert len(seen) == 2 * 12  # every shard and its table, once
+
+
+def test_threads_may_read_the_same_shards(large):
+    shards = LatentShards(large, mapped_bytes=1)
+    wanted = all_latents(large).moments
+
+    def read(seed: int) -> bool:
+        chosen = np.random.default_rng(seed).integers(0, (12, 64), (40, 2)).T
+        found = shards.gather(chosen[0], chosen[1]).moments
+        return np.array_equal(found, wanted[64 * chosen[0] + chosen[1]])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(12)))

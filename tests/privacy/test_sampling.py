@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
 from scipy.stats import binom
 
 from dpldm_dist.errors import PrivacyError
-from dpldm_dist.privacy.randomness import new_key
+from dpldm_dist.privacy.randomness import keystream, keystream_parts, new_key
 from dpldm_dist.privacy.sampling import RATE_BITS, Lanes, PoissonSampling, _below, dyadic_rate
 
 KEY = bytes(range(32))
@@ -46,7 +47,12 @@ def test_the_byte_wise_coin_equals_a_comparison_of_whole_numbers(monkeypatch):
         served[stream] = streams[stream][:length]
         return served[stream]
 
+    def fixed_parts(key, length):
+        whole = fixed_keystream(key, length)
+        yield from np.split(whole, [1000, 1001, 3000])
+
     monkeypatch.setattr("dpldm_dist.privacy.sampling.keystream", fixed_keystream)
+    monkeypatch.setattr("dpldm_dist.privacy.sampling.keystream_parts", fixed_parts)
     threshold = int.from_bytes(bytes([17, 0, 255, 128, 3]), "big")
     chosen = set(_below(KEY, 4000, threshold).tolist())
     open_places, numbers = np.arange(4000), np.zeros(4000, dtype=np.uint64)
@@ -56,6 +62,78 @@ def test_the_byte_wise_coin_equals_a_comparison_of_whole_numbers(monkeypatch):
         open_places = open_places[byte == digit]
     # a coin that was decided early compares the same whatever its later bytes are
     assert chosen == set(np.flatnonzero(numbers < threshold).tolist())
+
+
+def test_a_long_keystream_has_the_same_bytes_in_parts(monkeypatch):
+    monkeypatch.setattr("dpldm_dist.privacy.randomness._PART_BYTES", 100)
+    for length in (0, 1, 99, 100, 101, 1000):
+        parts = [part.tobytes() for part in keystream_parts(KEY, length)]
+        assert b"".join(parts) == keystream(KEY, length).tobytes()
+        assert all(len(part) == 100 for part in parts[:-1])
+
+
+def test_a_lane_is_drawn_by_the_coins_of_its_seats():
+    """The law of a lane is that of its row, whatever the shards: nobody is drawn who is not there,
+    and nobody who is there is left out."""
+    shard_records = [70, 3, 0, 64, 129, 1]
+    sampling = PoissonSampling(KEY, attempt=0, sample_rate=dyadic_rate(0.4))
+    lanes = Lanes(shard_records, lanes=1, cap=1000, microbatch=16)
+    begins = [0, 128, 192, 192, 256, 448]  # every shard has a multiple of 64 seats
+    for step in range(50):
+        drawn = set(sampling.select(step, 0, 512).tolist())
+        found = lanes.select(sampling, step, 0)
+        assert set(zip(found.shards.tolist(), found.places.tolist(), strict=True)) == {
+            (shard, place)
+            for shard, records in enumerate(shard_records)
+            for place in range(records)
+            if begins[shard] + place in drawn
+        }
+
+
+def test_lanes_and_workers_get_shares_of_nearly_equal_size():
+    sizes = np.random.default_rng(0).integers(1, 5000, 300)
+    lanes = Lanes(sizes.tolist(), lanes=16, cap=10**6, microbatch=16)
+    for workers in (1, 3, 4, 5):
+        shares = [lanes.shards_of_worker(rank, workers) for rank in range(workers)]
+        assert sorted(s for share in shares for s in share) == list(range(300))
+        most_lanes = -(-16 // workers)  # lanes are dealt out whole
+        assert max(sizes[share].sum() for share in shares) <= 1.02 * sizes.sum() * most_lanes / 16
+
+
+def test_more_workers_than_shards_and_more_lanes_than_shards_leave_some_with_nothing():
+    lanes = Lanes([10, 20], lanes=6, cap=100, microbatch=4)
+    shares = [lanes.shards_of_worker(rank, 5) for rank in range(5)]
+    assert sorted(map(len, shares)) == [0, 0, 0, 1, 1]
+    sampling = PoissonSampling(KEY, attempt=0, sample_rate=1.0)
+    found = [len(lanes.select(sampling, 0, lane).ids) for lane in range(6)]
+    assert sorted(found) == [0, 0, 0, 0, 10, 20]
+
+
+def test_a_record_more_in_one_shard_moves_no_other_seat_within_a_multiple_of_64():
+    sampling = PoissonSampling(KEY, attempt=0, sample_rate=dyadic_rate(0.3))
+    for before, after in (([16] * 5, [16, 16, 16, 15, 16]), ([65, 127, 3], [66, 127, 3])):
+        drawn = [
+            {
+                int(n)
+                for lane in range(2)
+                for n in Lanes(sizes, lanes=2, cap=10**6, microbatch=4)
+                .select(sampling, 3, lane)
+                .ids
+            }
+            for sizes in (before, after)
+        ]
+        assert len(drawn[0] ^ drawn[1]) <= 1
+
+
+def test_the_draw_of_a_hundred_million_records_takes_no_work_per_record_or_shard():
+    """A hundredth of it here: far less than a microsecond per record, whatever the shards."""
+    sampling = PoissonSampling(KEY, attempt=0, sample_rate=dyadic_rate(4096 / 1e8))
+    lanes = Lanes([100] * 10_000, lanes=4, cap=10**6, microbatch=64)
+    started = time.process_time()
+    for step in range(5):
+        for lane in range(4):
+            lanes.select(sampling, step, lane)
+    assert time.process_time() - started < 0.5  # 5 million records; one by one it takes seconds
 
 
 def test_poisson_law_mean_variance_and_independence_within_and_across():

@@ -19,7 +19,7 @@ from dpldm_dist.privacy.ledger import SharedLedger
 from dpldm_dist.privacy.optimizer import NoisyStep
 from dpldm_dist.privacy.plan import PrivacyPlan
 from dpldm_dist.runtime.checkpoint import Checkpoints
-from dpldm_dist.runtime.rundir import RunDir, closed_dataset_dir, dataset_dir
+from dpldm_dist.runtime.rundir import RunDir
 from dpldm_dist.runtime.stopping import StopRequest
 from dpldm_dist.runtime.tracking import Progress, Tracker
 from dpldm_dist.runtime.worker import Worker
@@ -46,6 +46,7 @@ from dpldm_dist.stages.finetune.publication import close_books, publish
 from dpldm_dist.stages.finetune.selfchecks import check_start
 from dpldm_dist.stages.finetune.state import TrainingState, settings_of
 from dpldm_dist.stages.mechanism import plan_of, refuse_other_unit, require_sections
+from dpldm_dist.stages.places import place_of, shown_place
 
 
 def finetune(config: Config, worker: Worker) -> Manifest:
@@ -68,7 +69,7 @@ def finetune(config: Config, worker: Worker) -> Manifest:
         close_books(config, run, worker)
         return done
     public = load_model(public_model_dir(config, run))
-    latents = LatentShards(closed_dataset_dir(config, "private", "latents"))
+    latents = LatentShards(place_of(config, "private", "latents"))
     refuse_other_unit(config, latents.manifest)
     plan = plan_of(config, records=declared_records(config, latents))
     run_key = worker.collective.broadcast_bytes(
@@ -109,6 +110,7 @@ def finetune(config: Config, worker: Worker) -> Manifest:
         with (
             Tracker(run.tensorboard / "finetune", worker, start_step=state.step) as tracker,
             suppress(BudgetReached),  # the model of the steps before is released
+            data.ahead(last=last),
         ):
             if has_claim(config):
                 tracker.hparams(
@@ -146,7 +148,7 @@ def describe(config: Config) -> list[str]:
     run = RunDir(config.run.dir)
     lines = [
         f"reads   {public_model_dir(config, run)} (public model)",
-        f"reads   {dataset_dir(config, 'private', 'latents')} (private latents)",
+        f"reads   {shown_place(config, 'private', 'latents')} (private latents)",
         f"writes  {run.ledger}, {run.checkpoints}",
         f"writes  {run.released_model}, {run.release / 'manifest.json'}",
         f"runs    {config.finetune.steps} noisy steps on {config.run.crew} worker(s), "

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from dpldm_dist import __version__
 from dpldm_dist.config import Config
 from dpldm_dist.data.latents import LatentShards
-from dpldm_dist.data.manifest import MANIFEST
 from dpldm_dist.errors import ConfigError, DataError, PrivacyError, RunError
 from dpldm_dist.models.conditioning import ClassEmbedder, private_rows
 from dpldm_dist.models.denoiser import Denoiser
@@ -31,10 +30,11 @@ from dpldm_dist.privacy.plan import PrivacyPlan
 from dpldm_dist.privacy.randomness import commitment, derive_key
 from dpldm_dist.privacy.sampling import Lanes
 from dpldm_dist.privacy.statistics import LatentStatistics
-from dpldm_dist.runtime.rundir import RunDir, dataset_dir, fsync_file, fsync_folder
+from dpldm_dist.runtime.rundir import RunDir, fsync_file, fsync_folder
 from dpldm_dist.runtime.tracking import Progress
 from dpldm_dist.runtime.worker import Worker, arithmetic
 from dpldm_dist.stages.mechanism import reservation_of
+from dpldm_dist.stages.places import is_finished, place_of
 
 
 def declared_records(config: Config, latents: LatentShards) -> int:
@@ -100,7 +100,7 @@ def lineage(
     return {
         "key": commitment(run_key, "key", b""),
         "data": commitment(run_key, "latents", latents.manifest.digest.encode()),
-        "layout": f"{plan.lanes} lanes, microbatches of {plan.microbatch}",
+        "layout": f"{plan.lanes} lanes of balanced size, microbatches of {plan.microbatch}",
         "arithmetic": arithmetic(worker.device),
         "threads": str(torch.get_num_threads()),
         "code": __version__,
@@ -328,10 +328,9 @@ def prepare_model(
 
 def _public_radius(config: Config, latents: LatentShards) -> float:
     """Norm bound of a latent: what 95 % of the public ones keep, or sqrt(1.5 D) without them."""
-    folder = dataset_dir(config, "public", "latents")
-    if not (folder / MANIFEST).is_file():
+    if not is_finished(config, "public", "latents"):
         return math.sqrt(1.5 * math.prod(latents.latent_shape))
-    public = LatentShards(folder)
+    public = LatentShards(place_of(config, "public", "latents"))
     moments = public.records(0, np.arange(public.shard_records[0])).moments
     mean_BD = moments[:, 0, 0, : latents.latent_shape[0]].reshape(len(moments), -1)
     return float(np.quantile(np.linalg.norm(mean_BD, axis=1), 0.95))

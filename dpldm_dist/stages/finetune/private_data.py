@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dpldm_dist.config import Config
+from dpldm_dist.data.ahead import Ahead
 from dpldm_dist.data.latents import LatentRecords, LatentShards
+from dpldm_dist.errors import PrivacyError
 from dpldm_dist.models.denoiser import Denoiser
 from dpldm_dist.models.diffusion import Diffusion
 from dpldm_dist.privacy.draws import RecordDraws, record_draws
@@ -42,12 +45,25 @@ class Part:
     dropped_R: Tensor
     mask_B: Tensor
 
+    def to(self, device: torch.device) -> Part:
+        return Part(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A microbatch before it is used, with the step and the records (ids, int64 (n,)) it is of."""
+
+    step: int
+    ids: np.ndarray
+    part: Part
+
 
 class PrivateData:
     """The private latents of this worker, drawn and dressed for each step.
 
     Formal guarantees: which records take part, and what each of them draws, depends on the key, the
-    attempt, the step and the record alone. A record's rows depend on no other record.
+    attempt, the step and the record alone. A record's rows depend on no other record. Whether
+    microbatches are prepared ahead changes no bit of them, and takes part in no collective.
     """
 
     def __init__(
@@ -74,6 +90,20 @@ class PrivateData:
         self._tally = RecordTally(
             key, lanes=plan.lanes, collective=worker.collective, device=worker.device
         )
+        self._ahead: Ahead[_Prepared] | None = None
+
+    @contextmanager
+    def ahead(self, *, last: int) -> Iterator[None]:
+        """Within: while a step before ``last`` computes, ``run.prefetch`` microbatches of this and
+        the next step are made ready in the background. Their coins are known ahead."""
+        if self._config.run.prefetch:
+            self._ahead = Ahead(self._prepared, most=self._config.run.prefetch, last=last)
+        try:
+            yield
+        finally:
+            if self._ahead is not None:
+                self._ahead.close()
+                self._ahead = None
 
     def microbatches(self, step: int) -> Iterator[Part]:
         """This worker's part of the batch of ``step``; nothing when no record of it was drawn.
@@ -81,14 +111,28 @@ class PrivateData:
         Every worker asks for all of its parts: at their end the workers agree that each record that
         was drawn was handed out exactly once. Raises: PrivacyError otherwise.
         """
+        waiting = self._prepared(step) if self._ahead is None else self._ahead.of_step(step)
         for lane in self._lanes.of_worker(self._worker.rank, self._worker.world_size):
-            drawn = self._lanes.select(self._sampling, step, lane)
+            drawn = self._lanes.select(self._sampling, step, lane)  # here too, to compare
             self._tally.drawn(lane, drawn.ids)
             for chosen in self._lanes.split(drawn):
-                records = self._latents.gather(chosen.shards, chosen.places)
-                yield self._dress(records, self._draws(self._key, chosen.ids, step))
+                found = next(waiting, None)
+                _require_prepared_for(found, step, chosen)
+                yield found.part.to(self._worker.device)
                 self._tally.processed(lane, chosen.ids)  # the loop is done with it
+        _require_prepared_for(next(waiting, None), step, None)
         self._tally.settle()
+
+    def _prepared(self, step: int) -> Iterator[_Prepared]:
+        """All microbatches of this worker in ``step``, in order, on the CPU."""
+        for lane in self._lanes.of_worker(self._worker.rank, self._worker.world_size):
+            for chosen in self._lanes.microbatches(self._sampling, step, lane):
+                yield self._prepare(chosen, step)
+
+    def _prepare(self, chosen: Selection, step: int) -> _Prepared:
+        records = self._latents.gather(chosen.shards, chosen.places)
+        part = self._dress(records, self._draws(self._key, chosen.ids, step))
+        return _Prepared(step, chosen.ids, part)
 
     def owned(self) -> Iterator[np.ndarray]:
         """Ids of all records that this worker reads, int64 (n,), counted in its own shards."""
@@ -154,7 +198,9 @@ class PrivateData:
             if self._latents.context_shape is None
             else np.stack([record.context for record in each]),
         )
-        return self._dress(records, self._draws(bytes(KEY_BYTES), np.array(seeds), step=0))
+        return self._dress(records, self._draws(bytes(KEY_BYTES), np.array(seeds), step=0)).to(
+            self._worker.device
+        )
 
     def _made_up_record(self, generator: np.random.Generator) -> LatentRecords:
         """One record, without the axis of records."""
@@ -191,11 +237,28 @@ class PrivateData:
             times_R=self._pad(times_BK),
             condition=self._pad(torch.from_numpy(given)[rows_BK, image_BK]),
             dropped_R=self._pad(draws.dropout < settings.label_dropout),
-            mask_B=(torch.arange(self._plan.microbatch) < count).to(self._worker.device),
+            mask_B=torch.arange(self._plan.microbatch) < count,
         )
 
     def _pad(self, tensor_BK: Tensor) -> Tensor:
-        """(n, K, ...) -> (R, ...) on the device, zeros behind the n records."""
+        """(n, K, ...) -> (R, ...), zeros behind the n records."""
         padded = tensor_BK.new_zeros(self._plan.microbatch, *tensor_BK.shape[1:])
         padded[: len(tensor_BK)] = tensor_BK
-        return padded.flatten(0, 1).to(self._worker.device)
+        return padded.flatten(0, 1)
+
+
+def _require_prepared_for(found: _Prepared | None, step: int, chosen: Selection | None) -> None:
+    """What was prepared is what is wanted now. Raises: PrivacyError otherwise."""
+    if found is None and chosen is None:
+        return
+    if (
+        found is None
+        or chosen is None
+        or found.step != step
+        or not np.array_equal(found.ids, chosen.ids)
+    ):
+        raise PrivacyError(
+            "The records that were prepared in the background are not those that were drawn for "
+            "this step. Nothing of this step was released. Start again with run.prefetch=0; please "
+            "report it as a bug."
+        )

@@ -1,0 +1,1 @@
+"""How the private step scales: measured on this machine, fitted, and held against more runs."""

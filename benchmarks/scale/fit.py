@@ -1,0 +1,66 @@
+"""Rates of this machine out of runs with one and two processes; what they say of all others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from benchmarks.scale.measure import Measured, Setting
+from benchmarks.scale.tiny import LANES, MICROBATCH
+from dpldm_dist.runtime.cost import Load, Rates, StepTime, Work, bytes_sent, step_time
+
+SMALL, FITTED, TWO = Setting(1, 48), Setting(1, 96), Setting(2, 96)
+FIT = (SMALL, FITTED, TWO)
+HELD_OUT = (Setting(4, 96), Setting(4, 192), Setting(2, 96, 40.0), Setting(4, 96, 40.0))
+SETTINGS = (*FIT, *HELD_OUT)
+
+
+def fit(found: dict[Setting, Measured], *, cores: int) -> Rates:
+    """Rates from ``FIT`` alone.
+
+    Two batches on one process give the cost of a microbatch and the rest of a step. Of the rest,
+    noise and ledger are timed by themselves; every worker does what is left of it. On two
+    processes, messages and bytes are timed by themselves.
+    """
+    small, one, two = (found[setting] for setting in FIT)
+    crowd = max(1.0, two.setting.workers / cores)
+    each_s = (one.step_s - small.step_s) / (one.total - small.total)
+    return Rates(
+        row_s=0.0,
+        microbatch_s=each_s,
+        noise_s=one.noise_s / one.parameters,
+        step_s=max(0.0, one.step_s - one.total * each_s - one.noise_s - one.once_s),
+        once_s=one.once_s,
+        hop_s=two.message_s / 2 / crowd,  # an all-reduce of two is two messages
+        byte_s=two.exchange_s / bytes_sent(two.parameters, two.setting.workers) / crowd,
+        cores=float(cores),
+    )
+
+
+def predict(rates: Rates, run: Measured, *, overhead: float = 1.0) -> StepTime:
+    """What the model says of a run, given how many microbatches it had; ``overhead``: bytes on the
+    wire for one byte of a tensor."""
+    setting = run.setting
+    if setting.mbit is not None:
+        rates = replace(rates, link_byte_s=overhead * 8 / (setting.mbit * 1e6))
+    work = Work(
+        parameters=run.parameters,
+        batch=setting.batch,
+        draws=1,
+        microbatch=MICROBATCH,
+        lanes=LANES,
+    )
+    return step_time(rates, work, setting.workers, Load(run.total, run.most))
+
+
+def header_overhead(two: Measured) -> float:
+    """Bytes that left the interface of a worker over those that the model counts."""
+    return two.sent / bytes_sent(two.parameters, two.setting.workers)
+
+
+def errors(found: Sequence[Measured], rates: Rates, *, overhead: float) -> dict[str, float]:
+    """Predicted over measured, minus one, by setting."""
+    return {
+        run.setting.name: predict(rates, run, overhead=overhead).total_s / run.step_s - 1
+        for run in found
+    }

@@ -1,0 +1,72 @@
+"""The benchmark of scaling: what it fits, what it would notice, and that its page is up to date."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.scale import page
+from benchmarks.scale.__main__ import RESULTS, WITHIN
+from benchmarks.scale.fit import HELD_OUT, SETTINGS, errors, fit, predict
+from benchmarks.scale.measure import Measured, Setting
+from benchmarks.scale.tiny import MICROBATCH
+from dpldm_dist.runtime.cost import Rates, bytes_sent
+
+PARAMETERS = 10**6
+
+
+def machine(rates: Rates, *, faulty: float = 0.0) -> dict[Setting, Measured]:
+    """What a machine of such rates would show; ``faulty``: a cost per worker that no model has."""
+    found = {}
+    for setting in SETTINGS:
+        total = setting.batch / MICROBATCH + 2
+        run = Measured(
+            setting=setting,
+            parameters=PARAMETERS,
+            step_s=0.0,
+            wall_s=0.0,
+            cpu_s=0.0,
+            total=total,
+            most=total / setting.workers + (setting.workers > 1),
+            sent=bytes_sent(PARAMETERS, setting.workers),
+            noise_s=rates.noise_s * PARAMETERS,
+            message_s=2 * rates.hop_s * max(1.0, 2 / rates.cores),
+            once_s=rates.once_s,
+            exchange_s=rates.byte_s * PARAMETERS * 12 * max(1.0, 2 / rates.cores),
+        )
+        extra_s = faulty * (setting.workers - 1) ** 2
+        found[setting] = replace(run, step_s=predict(rates, run).total_s + extra_s)
+    return found
+
+
+@pytest.mark.parametrize("cores", [1, 2, 64])
+def test_the_fit_predicts_the_runs_it_has_not_seen(cores):
+    true = Rates(
+        row_s=0.0, microbatch_s=0.1, noise_s=5e-8, step_s=0.1, once_s=0.05,
+        byte_s=5e-9, hop_s=1e-4, cores=cores
+    )  # fmt: skip
+    found = machine(true)
+    rates = fit(found, cores=cores)
+    assert rates.microbatch_s == pytest.approx(0.1, rel=1e-6)
+    off = errors([found[setting] for setting in HELD_OUT], rates, overhead=1.0)
+    assert max(map(abs, off.values())) < 0.01
+
+
+def test_a_machine_that_behaves_otherwise_is_noticed():
+    """Planted: workers that hinder each other more than in proportion, and a wrong number of cores."""
+    true = Rates(row_s=0.0, microbatch_s=0.1, noise_s=5e-8, step_s=0.1, byte_s=5e-9, cores=2.0)
+    hindered = machine(true, faulty=0.3)
+    wrong = machine(true)
+    for found, cores in ((hindered, 2), (wrong, 64)):
+        rates = fit(found, cores=cores)
+        off = errors([found[setting] for setting in HELD_OUT], rates, overhead=1.0)
+        assert max(map(abs, off.values())) > WITHIN
+
+
+def test_the_tables_of_the_page_are_those_of_the_committed_results():
+    results, text = json.loads(RESULTS.read_text()), page.PAGE.read_text()
+    for name, lines in page.tables(results, clusters=False):
+        assert "\n".join([f"<!-- {name} -->", *lines, "<!-- end -->"]) in text, name
+    assert "predicted, not measured" in text
