@@ -204,13 +204,45 @@ def measure_noise(
         fault = f"the step made {len(arrived)} updates with it, expected one"
     if fault is None and not _moved_by_one_step(reference, copies, grads):
         fault = "the weights did not move by one step of the inner optimizer on it"
+    _agree(fault, [*grads, *copies], collective)
+    return reading
+
+
+def measure_noise_by_descent(
+    take_step: Callable[[], Tensor],
+    copies: Sequence[nn.Parameter],
+    *,
+    expected_std: float,
+    collective: Collective,
+) -> NoiseReading:
+    """As ``measure_noise``, for an engine that keeps its optimizer to itself.
+
+    ``take_step`` makes one step of plain gradient descent at rate 1 on ``copies``, which start at
+    zero, and returns the released mean gradient (P,). So the weights become minus the gradient that
+    arrived, after all that the engine did with it.
+
+    Formal guarantees: as (1) and (3) of ``measure_noise``; and (2) what arrived is, in every
+    coordinate and bit, the released gradient in the type of the weights.
+    Raises: PrivacyError that says which of these failed, the same on every worker.
+    """
+    released_P = take_step().to(copies[0].dtype).double().cpu()
+    grad_P = -torch.cat([copy.detach().double().flatten().cpu() for copy in copies])
+    reading = _reading(grad_P, expected_std, copies)
+    fault = _noise_fault(grad_P, reading, collective.world_size)
+    if fault is None and not torch.equal(grad_P, released_P):
+        fault = "the weights did not move by the gradient that was released"
+    _agree(fault, copies, collective)
+    return reading
+
+
+def _agree(fault: str | None, tensors: Sequence[Tensor], collective: Collective) -> None:
+    """Raises: PrivacyError, the same on every worker, for a fault or if ``tensors`` differ."""
     _raise_on_all(fault, collective)
-    if not same_on_all_workers([*grads, *copies], collective):
+    if not same_on_all_workers(tensors, collective):
         raise PrivacyError(
             "Noise or weights of a trial step differ between the workers: expected the same bits. "
             "Check that all machines run the same versions and types; else please report it."
         )
-    return reading
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:
