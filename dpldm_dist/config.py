@@ -327,6 +327,10 @@ class RunConfig(_Section):
     """CPU threads of a worker. None: the cores divided by the workers."""
     strategy: Literal["ddp", "deepspeed"] = "ddp"
     """How workers hold model and optimizer: whole replicas, or DeepSpeed's ZeRO."""
+    update: Literal["auto", "whole", "sharded"] = "auto"
+    """Who updates parameters from a private step: every worker all of them, or each its own slice,
+    with the optimizer's state of that slice only. "auto": slices where they save time. Never
+    changes the result (strategy "ddp")."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     """Settings of strategy "deepspeed"."""
     microbatch: int = Field(64, ge=2)

@@ -10,6 +10,7 @@ precision, skip a step whose loss overflowed. All of it is switched off or refus
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from dpldm_dist.config import DeepSpeedConfig, RunConfig
 from dpldm_dist.errors import ConfigError
+from dpldm_dist.runtime.strategy import public_optimizer
 from dpldm_dist.runtime.worker import Worker
 
 _MOST_BUCKET = 50_000_000  # elements; DeepSpeed's own half a billion is 2 GB on every worker
@@ -230,6 +232,145 @@ def _deepspeed(worker: Worker) -> Any:
     return deepspeed
 
 
+# --- public training ----------------------------------------------------------------------------
+
+
+class ZeroModel:
+    """A copy of a model in DeepSpeed's hands; the one that was given changes in ``finish`` only.
+
+    Weights, gradients, averages and the optimizer's state are float32; ``bf16`` computes in
+    bfloat16 inside the model. What is saved is whole and in this package's format, so it goes on at
+    another number of workers, at another ZeRO stage or without DeepSpeed; DeepSpeed's own universal
+    checkpoints would do the first of these, and are pickles, which this package never opens.
+    """
+
+    def __init__(
+        self, objective: nn.Module, *, weight_decay: float, run: RunConfig, worker: Worker
+    ):
+        settings = run.deepspeed
+        refuse_for_public_training(settings)
+        self._given = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+        model = copy.deepcopy(objective).to(worker.device)
+        if settings.activation_checkpointing:
+            _recompute_activations(model)
+        self._named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._sharded = settings.zero_stage == 3
+        self._optimizer = public_optimizer(self._named.values(), weight_decay=weight_decay)
+        self.module = start_engine(
+            _InBfloat16(model) if settings.bf16 else model,
+            self._optimizer,
+            settings=settings,
+            worker=worker,
+            clip=1.0,
+            reduction="mean",
+        )
+        self._state = OptimizerState(self._named, self._optimizer)
+        # ZeRO-3 has made the state already, with the rate at 0
+        self._state.make((lambda: None) if self._sharded else self._empty_step)
+
+    def step(self, loss: Tensor, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self.module.backward(loss)
+        self.module.step()
+
+    def followed(self) -> dict[str, Tensor]:
+        if not self._sharded:
+            return dict(self._named)
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        return {name: safe_get_local_fp32_param(p) for name, p in self._named.items()}
+
+    def whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not self._sharded:
+            return {name: part.detach() for name, part in parts.items()}
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {
+            name: self._lent(name, part, safe_get_full_fp32_param) for name, part in parts.items()
+        }
+
+    def parts(self, wholes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not self._sharded:
+            return dict(wholes)
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param
+
+        found, own = {}, {name: part.clone() for name, part in self.followed().items()}
+        for name, whole in wholes.items():
+            parameter = self._named[name]
+            safe_set_full_fp32_param(parameter, whole.to(own[name].device))
+            found[name] = safe_get_local_fp32_param(parameter).clone()
+            self._set_part(name, own[name])
+        return found
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        return self._state.whole()
+
+    @torch.no_grad()
+    def load(self, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._named.items():
+            _write_parameter(parameter, parameters[name])
+        self._state.load(state)
+
+    @torch.no_grad()
+    def finish(self, averages: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._given.items():
+            parameter.copy_(averages[name])
+
+    def _empty_step(self) -> None:
+        self.module.backward(torch.stack([(p * 0.0).sum() for p in self._named.values()]).sum())
+        self.module.step()
+
+    def _lent(self, name: str, part: Tensor, read: Callable[[nn.Parameter], Tensor]) -> Tensor:
+        """What ``read`` finds while the parameter's part is ``part``."""
+        own = self.followed()[name].clone()
+        self._set_part(name, part)
+        found = read(self._named[name]).detach().cpu().clone()
+        self._set_part(name, own)
+        return found
+
+    def _set_part(self, name: str, part: Tensor) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        safe_set_local_fp32_param(self._named[name], part)
+
+
+class _InBfloat16(nn.Module):
+    """Computes in bfloat16 where that is safe; weights and losses stay float32."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs: Tensor) -> Any:
+        with torch.autocast(inputs[0].device.type, torch.bfloat16):
+            return self.inner(*inputs)
+
+
+def _recompute_activations(model: nn.Module) -> None:
+    able = [m for m in model.modules() if getattr(m, "_supports_gradient_checkpointing", False)]
+    if not able:
+        raise ConfigError(
+            f"run.deepspeed.activation_checkpointing: {type(model).__name__} has no part that can "
+            "compute its activations again. Set it to false."
+        )
+    for module in able:
+        module.enable_gradient_checkpointing()
+
+
+@torch.no_grad()
+def _write_parameter(parameter: nn.Parameter, value: Tensor) -> None:
+    """Into what the model computes with and into what the optimizer keeps."""
+    import deepspeed
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    value = value.to(parameter.device)
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        if parameter.shape == value.shape:  # ZeRO-3 shows it to one worker at a time
+            parameter.copy_(value)
+    safe_set_full_fp32_param(parameter, value)
+
+
 # --- private training -----------------------------------------------------------------------------
 
 
@@ -256,6 +397,7 @@ class ZeroUpdate:
         worker: Worker,
     ):
         refuse_for_private_training(run.deepspeed)
+        self.bounds = None
         self._gives = worker.rank == 0
         self._named = dict(parameters)
         self.parameters = list(parameters.values())

@@ -84,6 +84,7 @@ def _measure_noise(
         grid=plan.grid,
         clip_norm=plan.clip_norm,
         divisor=plan.divisor,
+        sharded=update.bounds is not None,
     )
     count = sum(p.numel() for p in copies.values())
     nothing_P = torch.zeros(count, dtype=torch.int64, device=worker.device)
@@ -95,6 +96,7 @@ def _measure_noise(
             update.parameters,
             expected_std=expected,
             collective=worker.collective,
+            bounds=update.bounds,
         )
         return
     measure_noise_by_descent(

@@ -56,7 +56,7 @@ class TrainingState:
         self._ledger = ledger
         self._frozen: FrozenState | None = None
         self._plan = plan
-        self.curves = Curves(config, plan, parameters)
+        self.curves = Curves(config, plan, parameters, worker)
         self._noisy_sum = NoisySum(
             key,
             std=plan.noise_multiplier * plan.clip_norm / plan.grid,
@@ -79,6 +79,7 @@ class TrainingState:
             partial(inner_optimizer, config.finetune),
             run=config.run,
             worker=self._worker,
+            extra=self.curves.extra,
         )
         self._schedule = _schedule(config.finetune, self._update.optimizer, steps=plan.steps)
         self.optimizer = DistributedDPOptimizer(
@@ -90,6 +91,7 @@ class TrainingState:
             divisor=plan.divisor,
             extra=self.curves.extra,
             schedule=self._schedule,
+            sharded=self._update.bounds is not None,
         )
 
     def freeze(self) -> None:
