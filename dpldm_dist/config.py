@@ -368,6 +368,25 @@ class ClusterConfig(_Section):
     noise and draws. None: no proposal."""
 
 
+class DeepSpeedConfig(_Section):
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_whole)] = 2
+    """What the workers share: 0: nothing; 1: the optimizer's state; 2: gradients too; 3: parameters
+    too (public training only)."""
+    bf16: bool = False
+    """Public training computes in bfloat16 where that is safe; weights, sums and the optimizer's
+    state stay float32."""
+    offload_optimizer: bool = False
+    """The optimizer's state lies in the memory of the machine instead of the GPU's."""
+    offload_parameters: bool = False
+    """Parameters that are not in use lie in the memory of the machine (zero_stage 3)."""
+    activation_checkpointing: bool = False
+    """Public training computes activations again in the backward pass instead of keeping them:
+    less memory, about a third more time."""
+    options: dict[str, Any] = {}
+    """Further DeepSpeed options by its own names, such as zero_optimization.reduce_bucket_size. One
+    that this program decides, or that could change a private gradient, is refused."""
+
+
 class RunConfig(_Section):
     dir: Path = Path("runs/default")
     """Everything of a run lies here: ``public/``, ``private/`` (0700) and ``release/``."""
@@ -378,7 +397,14 @@ class RunConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(None, ge=1)
     """CPU threads of a worker. None: the cores divided by the workers."""
-    strategy: Literal["ddp"] = "ddp"
+    strategy: Literal["ddp", "deepspeed"] = "ddp"
+    """How workers hold model and optimizer: whole replicas, or DeepSpeed's ZeRO."""
+    update: Literal["auto", "whole", "sharded"] = "auto"
+    """Who updates parameters from a private step: every worker all of them, or each its own slice,
+    with the optimizer's state of that slice only. "auto": slices where they save time. Never
+    changes the result (strategy "ddp")."""
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    """Settings of strategy "deepspeed"."""
     microbatch: int = Field(64, ge=2)
     """Records in one forward pass of the private training: never changes the result beyond the
     stated bound."""

@@ -229,14 +229,14 @@ def telemetry_outside_of_the_clip() -> list[Any]:
 
 def mean_over_workers() -> list[Any]:
     def change(sum_: Any) -> Any:
-        def mean(self: GroupCollective, tensor: torch.Tensor) -> None:
-            sum_(self, tensor)
-            if tensor.dtype == torch.int64 and tensor.numel() > 1000:
+        def mean(self: GroupCollective, tensor: torch.Tensor, bounds: Any) -> None:
+            sum_(self, tensor, bounds)
+            if tensor.numel() > 1000:
                 tensor.div_(self.world_size, rounding_mode="floor")
 
         return mean
 
-    return [method(GroupCollective, "sum_", change)]
+    return [method(GroupCollective, "sum_slices_", change)]
 
 
 def only_one_worker_counts() -> list[Any]:

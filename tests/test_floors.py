@@ -17,6 +17,7 @@ FLOOR = {"cli": 4, "demo": 4, "audit": 4, "__main__": 5, "stages": 3, "data": 2,
 FLOOR |= {"config": 1, "privacy": 1, "models": 1, "errors": 0, "": 0}
 ALLOWED_IMPORTERS = {
     "ray": tuple(f"runtime/{name}_ray.py" for name in ("launch", "policies", "submit", "slurm")),
+    "deepspeed": r"runtime/strategy_deepspeed.py",
     "webdataset": r"data/shards.py",
     "fsspec": r"data/remote.py",
     "opacus": r"privacy/",

@@ -23,8 +23,10 @@ class EMA:
         self.averages = {name: value.detach().clone() for name, value in self._parameters.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """One tick; call it once after every step."""
+    def update(self, parameters: Mapping[str, Tensor] | None = None) -> None:
+        """One tick; call it once after every step. ``parameters``: as they are now, if the ones
+        that are followed were replaced."""
+        self._parameters = self._parameters if parameters is None else dict(parameters)
         self._updates += 1
         decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
         averages = [self.averages[name] for name in self._parameters]

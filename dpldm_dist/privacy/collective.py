@@ -21,6 +21,10 @@ class Collective(Protocol):
     def max_(self, tensor: Tensor) -> None:
         """In place: the maximum over workers."""
 
+    def sum_slices_(self, tensor: Tensor, bounds: Sequence[int]) -> None:
+        """In place: ``tensor[bounds[r]:bounds[r + 1]]`` of worker r is the sum over workers, exact
+        for integers; the rest is zero."""
+
     def gather_slices_(self, tensor: Tensor, bounds: Sequence[int]) -> None:
         """In place: worker r gives ``tensor[bounds[r]:bounds[r + 1]]``; then all have all."""
 
@@ -35,8 +39,3 @@ class Collective(Protocol):
 
     def barrier(self) -> None:
         """Wait until every worker has come here."""
-
-
-def even_slices(length: int, parts: int) -> list[int]:
-    """Bounds of ``parts`` consecutive slices of 0..length whose sizes differ by at most one."""
-    return [length * part // parts for part in range(parts + 1)]

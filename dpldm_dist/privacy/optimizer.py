@@ -16,12 +16,14 @@ import hmac
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dpldm_dist.errors import PrivacyError
-from dpldm_dist.privacy.collective import Collective, even_slices
+from dpldm_dist.privacy.blocks import BLOCK, block_slices, blocks_of, flat_length
+from dpldm_dist.privacy.collective import Collective
 from dpldm_dist.privacy.randomness import derive_key, integer_noise
 
 _LEAST_STD = 2.0**20  # in grid units: below it, rounding the noise would no longer be negligible
@@ -73,24 +75,55 @@ class NoisySum:
 
         Raises: PrivacyError, and whatever ``bind`` raises; then nothing was released.
         """
+        noisy_P, bounds = self.release_slice(sum_P, purpose=purpose, step=step)
+        self._collective.gather_slices_(noisy_P, bounds)
+        return noisy_P
+
+    def release_slice(self, sum_P: Tensor, *, purpose: str, step: int) -> tuple[Tensor, list[int]]:
+        """The same noisy sum in this worker's slice, int64 (P,), and the bounds of all slices.
+
+        The rest of the vector is zero. Raises: as ``release``.
+        """
         if sum_P.dtype != torch.int64:
             raise PrivacyError(f"A sum of {sum_P.dtype}: expected exact integers (int64).")
         total_P = sum_P.clone()
-        self._collective.sum_(total_P)
+        bounds = block_slices(len(total_P), self._collective.world_size)
+        self._collective.sum_slices_(total_P, bounds)
         digest = self._digest(total_P, purpose=purpose, step=step)
         self._bind(purpose, step, digest.hex())
-        bounds = even_slices(len(total_P), self._collective.world_size)
         filled = self._add_noise(total_P, bounds, derive_key(self._key, "noise " + digest.hex()))
         self._require_one_owner(filled, total_P)
-        self._collective.gather_slices_(total_P, bounds)
-        return total_P
+        return total_P, bounds
 
     def _digest(self, total_P: Tensor, *, purpose: str, step: int) -> bytes:
-        """Keyed digest of everything that the noise depends on. Tells nothing without the key."""
+        """Keyed digest of everything that the noise depends on. Tells nothing without the key.
+
+        One of the numbers and of the keyed digests of all blocks in order, each of which comes from
+        the worker that owns the block: the same for any number of workers.
+        """
         what = f"{purpose} {step} {len(total_P)} {self._std!r} {self._mechanism}"
         code = hmac.new(derive_key(self._key, "digest"), what.encode() + b"\0", hashlib.sha256)
-        code.update(total_P.cpu().numpy().astype("<i8", copy=False).data)
+        code.update(self._block_digests(total_P))
         return code.digest()
+
+    def _block_digests(self, total_P: Tensor) -> bytes:
+        """32 bytes for each block of the finished sum."""
+        key, size = derive_key(self._key, "digest of a block"), hashlib.sha256().digest_size
+        bounds = block_slices(len(total_P), self._collective.world_size)
+        start, stop = bounds[self._collective.rank], bounds[self._collective.rank + 1]
+        mine = total_P[start:stop].cpu().numpy().astype("<i8", copy=False)
+        found = [
+            hmac.digest(key, mine[at : at + BLOCK].data, "sha256")
+            for at in range(0, len(mine), BLOCK)
+        ]
+        table = torch.zeros(blocks_of(len(total_P)) * size, dtype=torch.uint8)
+        first = start // BLOCK * size
+        table[first : first + len(found) * size] = torch.frombuffer(
+            bytearray(b"".join(found)) or bytearray(1), dtype=torch.uint8
+        )[: len(found) * size]
+        table = table.to(total_P.device)
+        self._collective.gather_slices_(table, [blocks_of(bound) * size for bound in bounds])
+        return table.cpu().numpy().tobytes()
 
     def _add_noise(self, total_P: Tensor, bounds: Sequence[int], key: bytes) -> tuple[int, int]:
         """Add this worker's noise in place; the slice that was filled."""
@@ -121,18 +154,29 @@ class NoisySum:
 
 @dataclass(frozen=True, eq=False)
 class NoisyStep:
-    """What a step released, the same on all workers.
+    """What a step released.
 
-    ``mean_P`` is the noisy mean gradient in units of clip_norm, float64; ``extra`` the noisy sums
-    of the coordinates behind the gradient in units of the grid, int64.
+    ``mean_P`` is the noisy mean gradient in units of clip_norm, float64: whole, or zero outside
+    this worker's slice if the update is sharded. ``extra`` holds the noisy sums of the coordinates
+    behind the gradient in units of the grid, int64, and ``norm`` is that of the whole gradient: the
+    same on all workers. A None is the norm of ``mean_P``.
     """
 
     mean_P: Tensor
     extra: Tensor
+    whole_norm: float | None = None
 
     @property
     def norm(self) -> float:
-        return float(self.mean_P.norm())
+        return float(self.mean_P.norm()) if self.whole_norm is None else self.whole_norm
+
+
+class InnerOptimizer(Protocol):
+    """Updates parameters with the gradients that lie in them."""
+
+    def step(self) -> object: ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
 
 
 class DistributedDPOptimizer:
@@ -143,6 +187,9 @@ class DistributedDPOptimizer:
     records drawn. One worker is the same code. A sum may have ``extra`` coordinates behind the
     gradient, which are released with it and move no parameter.
 
+    ``sharded``: the inner optimizer of each worker has the ``pieces_of`` its slice, ``parameters``
+    are all pieces; the noisy sum stays where it was made, and updated parameters are gathered.
+
     Formal guarantees: parameters change only through released noisy sums, so they are
     post-processing of them; a step always happens, also when no worker drew a record; all workers
     hold the same parameters afterwards. The noise has standard deviation noise_multiplier *
@@ -151,7 +198,7 @@ class DistributedDPOptimizer:
 
     def __init__(
         self,
-        inner: torch.optim.Optimizer,
+        inner: InnerOptimizer,
         parameters: Sequence[torch.nn.Parameter],
         noisy_sum: NoisySum,
         *,
@@ -160,34 +207,73 @@ class DistributedDPOptimizer:
         divisor: float,
         extra: int = 0,
         schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+        sharded: bool = False,
     ):
         self._inner = inner
         self._schedule = schedule
         self._parameters = list(parameters)
         self._noisy_sum = noisy_sum
         self._extra = extra
+        self._sharded = sharded
+        self._collective = noisy_sum._collective
         self._scale = grid / clip_norm / divisor
 
     def step(self, sum_P: Tensor, step: int) -> NoisyStep:
         """Release the sum of ``step``, int64 (P + extra,), and update."""
         self._require_length(len(sum_P))
+        if self._sharded:
+            noisy, bounds = self._release_slice(sum_P, step)
+            rank = self._collective.rank
+            self._update(noisy.mean_P, range(bounds[rank], bounds[rank + 1]))
+            self._gather_parameters(bounds)
+        else:
+            noisy = self._release(sum_P, step)
+            self._update(noisy.mean_P, range(len(noisy.mean_P)))
+        if self._schedule is not None:
+            self._schedule.step()
+        return noisy
+
+    def _release(self, sum_P: Tensor, step: int) -> NoisyStep:
         noisy_P = self._noisy_sum.release(sum_P, purpose="step", step=step)
         gradient_P, extra = noisy_P.tensor_split([len(noisy_P) - self._extra])
+        return NoisyStep(gradient_P.double() * self._scale, extra)
+
+    def _release_slice(self, sum_P: Tensor, step: int) -> tuple[NoisyStep, list[int]]:
+        """The release of this worker's slice, and the bounds of all slices of the gradient."""
+        noisy_P, bounds = self._noisy_sum.release_slice(sum_P, purpose="step", step=step)
+        gradient_P, extra = noisy_P.tensor_split([len(noisy_P) - self._extra])
         mean_P = gradient_P.double() * self._scale
+        extra, squared = extra.clone(), mean_P.square().sum()
+        self._collective.sum_(extra)  # its owner has it, the others have zeros
+        self._collective.sum_(squared)
+        bounds = [min(bound, len(gradient_P)) for bound in bounds]
+        return NoisyStep(mean_P, extra, float(squared.sqrt())), bounds
+
+    @torch.no_grad()
+    def _gather_parameters(self, bounds: Sequence[int]) -> None:
+        """Give every worker what each of them updated."""
+        flat_P = torch.cat([parameter.flatten() for parameter in self._parameters])
+        self._collective.gather_slices_(flat_P, bounds)
         start = 0
         for parameter in self._parameters:
             stop = start + parameter.numel()
-            parameter.grad = mean_P[start:stop].view_as(parameter).to(parameter.dtype)
+            parameter.copy_(flat_P[start:stop].view_as(parameter))
+            start = stop
+
+    def _update(self, mean_P: Tensor, mine: range) -> None:
+        """Step the inner optimizer with the gradient of the coordinates ``mine``."""
+        start = 0
+        for parameter in self._parameters:
+            stop = start + parameter.numel()
+            if start in mine:
+                parameter.grad = mean_P[start:stop].view_as(parameter).to(parameter.dtype)
             start = stop
         self._inner.step()
         self._inner.zero_grad(set_to_none=True)
-        if self._schedule is not None:
-            self._schedule.step()
-        return NoisyStep(mean_P, extra)
 
     def _require_length(self, found: int) -> None:
         """Refuse a sum of another model before anything is released. Raises: PrivacyError."""
-        expected = sum(parameter.numel() for parameter in self._parameters) + self._extra
+        expected = flat_length(self._parameters) + self._extra
         if found != expected:
             raise PrivacyError(
                 f"A sum of {found} coordinates: expected {expected}, one per parameter and "

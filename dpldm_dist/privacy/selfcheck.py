@@ -21,7 +21,8 @@ from scipy.stats import chi2, norm
 from torch import Tensor, nn
 
 from dpldm_dist.errors import PrivacyError
-from dpldm_dist.privacy.collective import Collective, even_slices
+from dpldm_dist.privacy.blocks import block_slices
+from dpldm_dist.privacy.collective import Collective
 from dpldm_dist.privacy.randomness import derive_key
 from dpldm_dist.privacy.validation import contents, first_difference, tensor_digest
 
@@ -173,6 +174,7 @@ def measure_noise(
     *,
     expected_std: float,
     collective: Collective,
+    bounds: Sequence[int] | None = None,
 ) -> NoiseReading:
     """Take one step without any record on copies of the parameters, and measure what arrives.
 
@@ -182,6 +184,8 @@ def measure_noise(
     start at zero, so that their change is not rounded. ``inner`` is the optimizer of the run's
     kind on them. ``expected_std``: noise_multiplier / divisor, the standard deviation that plain
     gradient descent with learning rate 1 would bring into every weight; 0 for a run without noise.
+    ``bounds``: of the slices of the flat vector that workers update, if they share it; then
+    ``inner`` has the parts of this worker, and some workers may have none.
 
     Formal guarantees: on every worker, (1) the standard deviation of the gradient over the P
     coordinates is the expected one, within the two-sided chi-square bounds at ``ALPHA``, its mean
@@ -191,31 +195,79 @@ def measure_noise(
     Raises: PrivacyError that says which of these failed, the same on every worker.
     """
     reference = copy.deepcopy(inner)
+    mine = [parameter for group in inner.param_groups for parameter in group["params"]]
     arrived: list[list[Tensor]] = []
-    hook = inner.register_step_pre_hook(lambda *_: arrived.append([_grad(p) for p in copies]))
+    hook = inner.register_step_pre_hook(lambda *_: arrived.append([_grad(p) for p in mine]))
     try:
         take_step()
     finally:
         hook.remove()
-    grads = arrived[0] if arrived else [torch.zeros_like(p) for p in copies]
-    grad_P = torch.cat([grad.double().flatten().cpu() for grad in grads])
+    grads = arrived[0] if arrived else [torch.zeros_like(p) for p in mine]
+    grad_P = _flat(copies, mine, grads, collective, bounds)
     reading = _reading(grad_P, expected_std, copies)
     fault = _noise_fault(grad_P, reading, collective.world_size)
     if fault is None and len(arrived) != 1:
         fault = f"the step made {len(arrived)} updates with it, expected one"
-    if fault is None and not _moved_by_one_step(reference, copies, grads):
+    if fault is None and not _moved_by_one_step(reference, mine, grads):
         fault = "the weights did not move by one step of the inner optimizer on it"
+    _agree(fault, [grad_P, *copies], collective)
+    return reading
+
+
+def measure_noise_by_descent(
+    take_step: Callable[[], Tensor],
+    copies: Sequence[nn.Parameter],
+    *,
+    expected_std: float,
+    collective: Collective,
+) -> NoiseReading:
+    """As ``measure_noise``, for an engine that keeps its optimizer to itself.
+
+    ``take_step`` makes one step of plain gradient descent at rate 1 on ``copies``, which start at
+    zero, and returns the released mean gradient (P,). So the weights become minus the gradient that
+    arrived, after all that the engine did with it.
+
+    Formal guarantees: as (1) and (3) of ``measure_noise``; and (2) what arrived is, in every
+    coordinate and bit, the released gradient in the type of the weights.
+    Raises: PrivacyError that says which of these failed, the same on every worker.
+    """
+    released_P = take_step().to(copies[0].dtype).double().cpu()
+    grad_P = -torch.cat([copy.detach().double().flatten().cpu() for copy in copies])
+    reading = _reading(grad_P, expected_std, copies)
+    fault = _noise_fault(grad_P, reading, collective.world_size)
+    if fault is None and not torch.equal(grad_P, released_P):
+        fault = "the weights did not move by the gradient that was released"
+    _agree(fault, copies, collective)
+    return reading
+
+
+def _agree(fault: str | None, tensors: Sequence[Tensor], collective: Collective) -> None:
+    """Raises: PrivacyError, the same on every worker, for a fault or if ``tensors`` differ."""
     _raise_on_all(fault, collective)
-    if not same_on_all_workers([*grads, *copies], collective):
+    if not same_on_all_workers(tensors, collective):
         raise PrivacyError(
             "Noise or weights of a trial step differ between the workers: expected the same bits. "
             "Check that all machines run the same versions and types; else please report it."
         )
-    return reading
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+
+
+def _flat(
+    copies: Sequence[nn.Parameter],
+    mine: Sequence[nn.Parameter],
+    grads: Sequence[Tensor],
+    collective: Collective,
+    bounds: Sequence[int] | None,
+) -> Tensor:
+    """The gradient that arrived for all ``copies``, wherever it arrived. float64 (P,)."""
+    known = {id(parameter): grad for parameter, grad in zip(mine, grads, strict=True)}
+    grad_P = torch.cat([known.get(id(p), torch.zeros_like(p)).flatten().double() for p in copies])
+    if bounds is not None:
+        collective.gather_slices_(grad_P, bounds)
+    return grad_P.cpu()
 
 
 def _reading(grad_P: Tensor, expected: float, copies: Sequence[nn.Parameter]) -> NoiseReading:
@@ -241,7 +293,7 @@ def _noise_fault(grad_P: Tensor, reading: NoiseReading, workers: int) -> str | N
     if abs(float(grad_P.mean())) > widest * reading.expected_std / math.sqrt(len(grad_P)):
         return "its mean is not zero"
     unit_P = grad_P / reading.expected_std
-    parts = [unit_P[start:stop] for start, stop in pairwise(even_slices(len(unit_P), workers))]
+    parts = [unit_P[start:stop] for start, stop in pairwise(block_slices(len(unit_P), workers))]
     for (one, one_Q), (two, two_Q) in combinations(enumerate(parts), 2):
         length = min(len(one_Q), len(two_Q))
         if abs(float(one_Q[:length] @ two_Q[:length])) > _largest_product(length):

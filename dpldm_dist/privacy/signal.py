@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,52 +92,67 @@ class RandomWalk:
     """The running sum of noisy gradients; part of the training state. Released numbers only.
 
     ``step_std``: standard deviation of the noise in each coordinate of a noisy mean gradient, in
-    units of clip_norm: noise multiplier over divisor.
+    units of clip_norm: noise multiplier over divisor. ``mine``: what this worker keeps of the
+    vectors; ``sum_`` then adds a tensor over workers in place.
     """
 
-    def __init__(self, parameters: int, *, step_std: float) -> None:
+    def __init__(
+        self,
+        parameters: int,
+        *,
+        step_std: float,
+        mine: slice = slice(None),
+        sum_: Callable[[Tensor], None] = lambda tensor: None,
+    ) -> None:
         if not (math.isfinite(step_std) and step_std > 0):
             raise PrivacyError(f"Noise of {step_std} in a step: expected a positive number.")
-        self._sum_P = torch.zeros(parameters, dtype=torch.float32)
-        self._before_P = torch.zeros(parameters, dtype=torch.float32)
+        self._parameters, self._mine, self._sum_ = parameters, mine, sum_
+        self._sum_Q = torch.zeros(parameters, dtype=torch.float32)[mine].clone()
+        self._before_Q = torch.zeros_like(self._sum_Q)
         self._step_std = step_std
         self._numbers = array("d")  # of each step: length of the walk and of the step, alignments
 
     def add(self, mean_P: Tensor) -> None:
         """One step's noisy mean gradient, (P,), in units of clip_norm."""
-        alignment, most = self._next_alignment(mean_P)
-        self._sum_P = self._sum_P.to(mean_P.device).add_(mean_P)
-        self._before_P = self._before_P.to(mean_P.device).mul_(_MEMORY).add_(mean_P)
-        walk, last = float(self._sum_P.double().norm()), float(mean_P.norm())
-        self._numbers.extend((walk, last, alignment, most))
+        mean_Q = mean_P[self._mine]
+        alignment, most = self._next_alignment(mean_Q)
+        self._sum_Q = self._sum_Q.to(mean_Q.device).add_(mean_Q)
+        self._before_Q = self._before_Q.to(mean_Q.device).mul_(_MEMORY).add_(mean_Q)
+        walk, last = self._products((self._sum_Q, self._sum_Q), (mean_Q, mean_Q))
+        self._numbers.extend((math.sqrt(walk), math.sqrt(last), alignment, most))
 
     def signal(self, steps: int | None = None) -> Signal:
         """The walk after ``steps`` steps (None: all so far), at least one."""
         steps = self._steps if steps is None else steps
         walk, last, alignment, most = self._of_step(steps)
-        one_step = self._step_std * math.sqrt(len(self._sum_P))
+        one_step = self._step_std * math.sqrt(self._parameters)
         return Signal(
             steps=steps,
             walk=walk,
             noise_alone=one_step * math.sqrt(steps),
             step_ratio=last / one_step,
-            error=1.0 / math.sqrt(2.0 * len(self._sum_P)),
+            error=1.0 / math.sqrt(2.0 * self._parameters),
             alignment=alignment,
             most_alignment=most,
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that ``load`` needs."""
+        """Everything that ``load`` needs, whole. Every worker takes part."""
         steps = torch.from_numpy(np.array(self._numbers)).reshape(-1, 4)
-        return {"sum": self._sum_P, "before": self._before_P, "steps": steps}
+        return {
+            "sum": self._whole(self._sum_Q),
+            "before": self._whole(self._before_Q),
+            "steps": steps,
+        }
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Go on from ``state()``. Raises: PrivacyError if it is of another number of parameters."""
-        if state["sum"].shape != self._sum_P.shape:
+        if state["sum"].shape != (self._parameters,):
             raise PrivacyError(
-                f"A saved walk of {state['sum'].numel()} parameters: expected {len(self._sum_P)}."
+                f"A saved walk of {state['sum'].numel()} parameters: expected {self._parameters}."
             )
-        self._sum_P, self._before_P = state["sum"].clone(), state["before"].clone()
+        self._sum_Q = state["sum"][self._mine].clone()
+        self._before_Q = state["before"][self._mine].clone()
         self._numbers = array("d", state["steps"].flatten().tolist())
 
     @property
@@ -147,13 +163,26 @@ class RandomWalk:
         """What was noted of a step, counted from 1."""
         return self._numbers[4 * number - 4 : 4 * number]
 
-    def _next_alignment(self, mean_P: Tensor) -> tuple[float, float]:
+    def _whole(self, part_Q: Tensor) -> Tensor:
+        whole_P = part_Q.new_zeros(self._parameters)
+        whole_P[self._mine] = part_Q
+        self._sum_(whole_P)  # zeros but for one worker
+        return whole_P
+
+    def _next_alignment(self, mean_Q: Tensor) -> tuple[float, float]:
         """Alignment with the new step counted in, and the largest size that it had."""
         earlier = self._steps
         if earlier == 0:
             return 0.0, 0.0
-        before_P = self._before_P.to(mean_P.device, torch.float64)
-        projection = float(mean_P.double() @ before_P / before_P.norm()) / self._step_std
+        before_Q = self._before_Q.to(mean_Q.device)
+        along, squared = self._products((mean_Q, before_Q), (before_Q, before_Q))
+        projection = along / math.sqrt(squared) / self._step_std
         _, _, alignment, most = self._of_step(earlier)
         alignment = (alignment * math.sqrt(earlier - 1) + projection) / math.sqrt(earlier)
         return alignment, max(most, abs(alignment))
+
+    def _products(self, *pairs: tuple[Tensor, Tensor]) -> list[float]:
+        """Inner products over the whole vector, in float64."""
+        found = torch.stack([one.double() @ other.double() for one, other in pairs])
+        self._sum_(found)
+        return found.tolist()

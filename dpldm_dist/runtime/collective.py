@@ -25,6 +25,9 @@ class SoloCollective:
     def max_(self, tensor: Tensor) -> None:
         pass
 
+    def sum_slices_(self, tensor: Tensor, bounds: Sequence[int]) -> None:
+        pass
+
     def gather_slices_(self, tensor: Tensor, bounds: Sequence[int]) -> None:
         pass
 
@@ -55,6 +58,17 @@ class GroupCollective:
 
     def max_(self, tensor: Tensor) -> None:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+
+    def sum_slices_(self, tensor: Tensor, bounds: Sequence[int]) -> None:
+        """Every worker sends each other its part and adds what it gets: as few bytes as a ring's
+        reduce-scatter. (gloo's own reduce_scatter sends as many as an all-reduce, twice that.)"""
+        sizes = [stop - start for start, stop in pairwise(bounds)]
+        mine = sizes[self.rank]
+        parts = tensor.new_empty(mine * self.world_size)
+        dist.all_to_all_single(parts, tensor, [mine] * self.world_size, sizes)
+        tensor.zero_()
+        for part in parts.split(mine) if mine else ():
+            tensor[bounds[self.rank] : bounds[self.rank + 1]] += part
 
     def gather_slices_(self, tensor: Tensor, bounds: Sequence[int]) -> None:
         widest = max(stop - start for start, stop in pairwise(bounds))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from dpldm_dist.models.ema import EMA
 from dpldm_dist.runtime.checkpoint import Checkpoints
 from dpldm_dist.runtime.rundir import RunDir
 from dpldm_dist.runtime.stopping import StopRequest
-from dpldm_dist.runtime.strategy import replicate
+from dpldm_dist.runtime.strategy import public_model
 from dpldm_dist.runtime.tracking import Progress, Tracker
 from dpldm_dist.runtime.worker import Worker
 
@@ -63,17 +63,11 @@ class PublicTraining:
         self.what, self.steps, self.batch = what, steps, batch
         self._worker = worker
         self._settings = settings
-        self.module = replicate(objective, worker, run=run)
+        self._model = public_model(objective, weight_decay=weight_decay, run=run, worker=worker)
+        self.module = self._model.module
         self._parameters = {n: p for n, p in objective.named_parameters() if p.requires_grad}
-        self._optimizer = torch.optim.AdamW(
-            self._parameters.values(),
-            learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=weight_decay,
-            fused=worker.device.type == "cpu",  # one kernel for all parameters
-        )
         self._learning_rate = learning_rate
-        self._ema = EMA(self._parameters, ema_decay)
+        self._ema = EMA(self._model.followed(), ema_decay)
         directory, folder = RunDir(run.dir), what.replace(" ", "-")
         self._stop = StopRequest(directory, worker)
         self._checkpoints = Checkpoints(checkpoint_folder(directory, what), keep=1)
@@ -100,15 +94,10 @@ class PublicTraining:
 
         Raises: RunError if the training diverged; SavedAndStopped if the run is asked to stop.
         """
-        # Replicas average gradients over workers: this makes it the mean over the whole batch.
-        (loss_B.sum() * (self._worker.world_size / self.batch)).backward()
-        nn.utils.clip_grad_norm_(self._parameters.values(), 1.0)
         rate = self._learning_rate * rate_factor(self.step, self.steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self._ema.update()
+        # Gradients are averaged over workers: this makes it the mean over the whole batch.
+        self._model.step(loss_B.sum() * (self._worker.world_size / self.batch), rate)
+        self._ema.update(self._model.followed())
         self.step += 1
         self._show(shown_B, rate)
         if self.step < self.steps and self._stop.agreed():
@@ -117,7 +106,7 @@ class PublicTraining:
 
     def finish(self) -> None:
         """Put the averaged weights into the model and close the books."""
-        self._ema.copy_to()
+        self._model.finish(self._model.whole(self._ema.averages))
         self._progress.done()
         self._tracker.close()
 
@@ -135,15 +124,26 @@ class PublicTraining:
         self._tracker.scalar("optimizer/learning_rate", rate, self.step)
 
     def _save(self) -> None:
+        tensors = self._tensors()  # every worker: the model may be spread over them
         if self._worker.rank == 0:
-            tensors = {f"parameter/{name}": p.detach() for name, p in self._parameters.items()}
-            tensors |= {f"ema/{name}": value for name, value in self._ema.state().items()}
-            for name, p in self._parameters.items():
-                for slot, value in self._optimizer.state[p].items():
-                    tensors[f"optimizer/{name}/{slot}"] = torch.as_tensor(value)
             self._checkpoints.save(self.step, tensors, {"settings": self._settings})
         self._worker.collective.barrier()
         self._worker.checkpointed(self.step)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The same for any strategy and number of workers."""
+        model, averages = self._model, self._ema.state()
+        updates = averages.pop("ema_updates")
+        parts = {
+            "parameter": model.whole(model.followed()),
+            "ema": {**model.whole(averages), "ema_updates": updates},
+            "optimizer": model.optimizer_state(),
+        }
+        return {
+            f"{kind}/{name}": value.detach()
+            for kind, tensors in parts.items()
+            for name, value in tensors.items()
+        }
 
     @torch.no_grad()
     def _restore(self, folder: Path) -> int:
@@ -151,17 +151,15 @@ class PublicTraining:
         if saved is None:
             return 0
         refuse_other_settings(saved.facts["settings"], self._settings, folder)
-        for name, p in self._parameters.items():
-            p.copy_(saved.tensors[f"parameter/{name}"])
-            prefix = f"optimizer/{name}/"
-            self._optimizer.state[p] = {
-                slot.removeprefix(prefix): value.to(p.device) if value.dim() else value
-                for slot, value in saved.tensors.items()
-                if slot.startswith(prefix)
-            }
-        averages = {n: v for n, v in saved.tensors.items() if n.startswith("ema/")}
-        self._ema.load({name.removeprefix("ema/"): value for name, value in averages.items()})
+        averages = _below("ema/", saved.tensors)
+        updates = averages.pop("ema_updates")
+        self._ema.load({**self._model.parts(averages), "ema_updates": updates})
+        self._model.load(_below("parameter/", saved.tensors), _below("optimizer/", saved.tensors))
         return saved.step
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def rate_factor(step: int, steps: int) -> float:

@@ -280,14 +280,13 @@ def _noise_without_the_clip_norm() -> Any:
 
 
 def _mean_for_sum() -> Any:
-    original = GroupCollective.sum_
+    original = GroupCollective.sum_slices_
 
-    def mean(self: GroupCollective, tensor: torch.Tensor) -> None:
-        original(self, tensor)
-        if tensor.numel() > 10:
-            tensor //= self.world_size
+    def mean(self: GroupCollective, tensor: torch.Tensor, bounds: Any) -> None:
+        original(self, tensor, bounds)
+        tensor //= self.world_size
 
-    return mock.patch.object(GroupCollective, "sum_", mean)
+    return mock.patch.object(GroupCollective, "sum_slices_", mean)
 
 
 def _digest_of(change: Callable[..., tuple[Any, str, int]]) -> Any:

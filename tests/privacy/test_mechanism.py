@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpldm_dist.errors import PrivacyError
-from dpldm_dist.privacy.collective import even_slices
+from dpldm_dist.privacy.blocks import BLOCK, block_slices, pieces_of
 from dpldm_dist.runtime.collective import SoloCollective
 from tests.privacy.mechanism_checks import CHECKS, PLANTED_BUGS, mechanism, outcomes
 from tests.processes import on_workers
@@ -50,9 +50,27 @@ def test_a_sum_that_is_not_integer_is_refused():
         mechanism(SoloCollective()).release(torch.zeros(3), purpose="step", step=0)
 
 
-def test_slices_tile_every_length():
-    for length in (0, 1, 5, 100):
-        for parts in (1, 2, 3, 7):
-            bounds = even_slices(length, parts)
-            assert bounds[0] == 0 and bounds[-1] == length and len(bounds) == parts + 1
+def test_slices_of_whole_blocks_tile_every_length():
+    for length in (0, 1, BLOCK, BLOCK + 1, 10 * BLOCK + 5):
+        for workers in (1, 2, 3, 7):
+            bounds = block_slices(length, workers)
+            assert bounds[0] == 0 and bounds[-1] == length and len(bounds) == workers + 1
             assert bounds == sorted(bounds)
+            assert all(bound % BLOCK == 0 or bound == length for bound in bounds)
+            assert bounds[1] > 0 or length == 0  # the first worker saves for all
+
+
+def test_pieces_are_views_of_the_parameters_cut_at_every_block():
+    shapes = [(3, BLOCK), (7,), (), (BLOCK - 7 - 1,), (2,)]
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    pieces = pieces_of(parameters)
+    ends = torch.tensor([piece.numel() for piece in pieces]).cumsum(0).tolist()
+    assert (
+        set(range(BLOCK, 4 * BLOCK + 1, BLOCK)) <= set(ends)
+        and max(map(len, map(torch.flatten, pieces))) == BLOCK
+    )
+    assert torch.equal(torch.cat(pieces_of(pieces)), torch.cat([p.flatten() for p in parameters]))
+    with torch.no_grad():
+        for piece in pieces:
+            piece.zero_()
+    assert not any(parameter.any() for parameter in parameters)

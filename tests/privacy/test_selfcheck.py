@@ -230,7 +230,7 @@ def test_a_step_after_a_fault_starts_from_nothing():
 # --- the noise that arrives -----------------------------------------------------------------------
 
 SIGMA, CLIP_NORM, GRID, DIVISOR = 0.8, 0.25, 2.0**-32, 64.0
-SHAPES = ((40, 50), (1001,), (7, 11, 13))
+SHAPES = ((40, 50), (1001,), (7, 11, 130))  # four blocks
 P = sum(math.prod(shape) for shape in SHAPES)
 
 

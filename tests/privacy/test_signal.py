@@ -194,7 +194,7 @@ def _only_the_last_step() -> Any:
     original = RandomWalk.add
 
     def bug(self: RandomWalk, mean_P: torch.Tensor) -> None:
-        self._sum_P = torch.zeros_like(self._sum_P)
+        self._sum_Q = torch.zeros_like(self._sum_Q)
         original(self, mean_P)
 
     return mock.patch.object(RandomWalk, "add", bug)
@@ -204,7 +204,7 @@ def _direction_with_the_step_itself() -> Any:
     original = RandomWalk._next_alignment
 
     def bug(self: RandomWalk, mean_P: torch.Tensor) -> tuple[float, float]:
-        self._before_P = 0.8 * self._before_P + mean_P.float()
+        self._before_Q = 0.8 * self._before_Q + mean_P.float()
         return original(self, mean_P)
 
     return mock.patch.object(RandomWalk, "_next_alignment", bug)

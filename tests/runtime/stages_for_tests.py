@@ -86,7 +86,7 @@ def wait_forever(config: Config, worker: Worker) -> None:
 def average_gradients(config: Config, worker: Worker) -> None:
     """Each worker has one row of [[1, 0], [0, 3], ...]; the loss is the sum of the outputs."""
     torch.manual_seed(worker.rank)  # replicas start apart: wrapping must make them equal
-    model = replicate(torch.nn.Linear(2, 1, bias=False), worker, run=config.run)
+    model = replicate(torch.nn.Linear(2, 1, bias=False), worker)
     row = torch.zeros(1, 2)
     row[0, worker.rank % 2] = 1.0 + 2.0 * worker.rank
     model(row).sum().backward()

@@ -21,6 +21,7 @@ from dpldm_dist.privacy.plan import PrivacyPlan
 from dpldm_dist.runtime.checkpoint import Checkpoints
 from dpldm_dist.runtime.rundir import RunDir
 from dpldm_dist.runtime.stopping import StopRequest
+from dpldm_dist.runtime.strategy import refuse_for_private_training
 from dpldm_dist.runtime.tracking import Progress, Tracker
 from dpldm_dist.runtime.worker import Worker
 from dpldm_dist.stages.finetune.diagnostics import Diagnostics
@@ -62,6 +63,7 @@ def finetune(config: Config, worker: Worker) -> Manifest:
     Source: Liu et al. (2023), arXiv 2305.15759, Algorithm 1.
     """
     require_sections(config)
+    refuse_for_private_training(config.run)
     run = RunDir(config.run.dir)
     refuse_unsafe_place(config, run)
     done = finished_manifest(run.release, "model", settings=settings_of(config), parents={})
@@ -145,6 +147,7 @@ def finetune(config: Config, worker: Worker) -> Manifest:
 def describe(config: Config) -> list[str]:
     """What ``finetune`` would do, for --dry-run. Reads no private data."""
     require_sections(config)
+    refuse_for_private_training(config.run)
     run = RunDir(config.run.dir)
     lines = [
         f"reads   {public_model_dir(config, run)} (public model)",

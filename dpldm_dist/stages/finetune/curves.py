@@ -19,7 +19,9 @@ from dpldm_dist.privacy.optimizer import NoisyStep
 from dpldm_dist.privacy.plan import TELEMETRY_NUMBERS, PrivacyPlan
 from dpldm_dist.privacy.signal import MOST_OF_NOISE, RandomWalk, Signal
 from dpldm_dist.privacy.telemetry import LOSS_BOUND, WINDOW, Telemetry, TelemetryHistory
+from dpldm_dist.runtime.strategy import own_slice, shares_update
 from dpldm_dist.runtime.tracking import Tracker
+from dpldm_dist.runtime.worker import Worker
 from dpldm_dist.stages.mechanism import telemetry_query
 
 ROWS = 500  # of the released file, at most
@@ -30,10 +32,15 @@ class Curves:
     """Telemetry and random walk of a run; part of the training state.
 
     A run without noise has no walk, and one with ``privacy.telemetry_share = 0`` no telemetry.
+    ``worker``: of a run whose workers may share the update; then each keeps its part of the walk.
     """
 
     def __init__(
-        self, config: Config, plan: PrivacyPlan, parameters: Mapping[str, nn.Parameter]
+        self,
+        config: Config,
+        plan: PrivacyPlan,
+        parameters: Mapping[str, nn.Parameter],
+        worker: Worker | None = None,
     ) -> None:
         count = sum(parameter.numel() for parameter in parameters.values())
         query = telemetry_query(config, plan, parameters=count)
@@ -42,7 +49,11 @@ class Curves:
         self._history = None if query is None else TelemetryHistory(query)
         self._walk = None
         if not config.run.unsafe_no_noise:
-            self._walk = RandomWalk(count, step_std=plan.noise_multiplier / plan.divisor)
+            part: dict[str, Any] = {}
+            if worker is not None and shares_update(count, run=config.run, worker=worker):
+                mine = own_slice(count, extra=self.extra, worker=worker)
+                part = {"mine": slice(mine.start, mine.stop), "sum_": worker.collective.sum_}
+            self._walk = RandomWalk(count, step_std=plan.noise_multiplier / plan.divisor, **part)
 
     @property
     def extra(self) -> int:

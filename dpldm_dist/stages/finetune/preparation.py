@@ -23,6 +23,7 @@ from dpldm_dist.models.latent_gaussian import LatentGaussian
 from dpldm_dist.models.trainable import select_trainable, verify_all_learn
 from dpldm_dist.models.warmup import balanced_grad_scale, fit_to_gaussian
 from dpldm_dist.privacy import statistics
+from dpldm_dist.privacy.blocks import BLOCK
 from dpldm_dist.privacy.dataset_ledger import Reservation
 from dpldm_dist.privacy.ledger import Attempt, SharedLedger
 from dpldm_dist.privacy.optimizer import NoisySum
@@ -100,7 +101,8 @@ def lineage(
     return {
         "key": commitment(run_key, "key", b""),
         "data": commitment(run_key, "latents", latents.manifest.digest.encode()),
-        "layout": f"{plan.lanes} lanes of balanced size, microbatches of {plan.microbatch}",
+        "layout": f"{plan.lanes} lanes of balanced size, microbatches of {plan.microbatch}, "
+        f"blocks of {BLOCK}",
         "arithmetic": arithmetic(worker.device),
         "threads": str(torch.get_num_threads()),
         "code": __version__,

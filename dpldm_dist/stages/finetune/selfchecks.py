@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,8 +14,13 @@ from dpldm_dist.models.denoiser import Denoiser
 from dpldm_dist.privacy.optimizer import DistributedDPOptimizer, NoisySum
 from dpldm_dist.privacy.plan import PrivacyPlan
 from dpldm_dist.privacy.randomness import new_key
-from dpldm_dist.privacy.selfcheck import measure_noise, prove_ownership
+from dpldm_dist.privacy.selfcheck import (
+    measure_noise,
+    measure_noise_by_descent,
+    prove_ownership,
+)
 from dpldm_dist.privacy.validation import validate_model
+from dpldm_dist.runtime.strategy import private_update
 from dpldm_dist.runtime.worker import Worker
 from dpldm_dist.stages.finetune.private_data import PrivateData
 from dpldm_dist.stages.finetune.state import inner_optimizer
@@ -58,8 +64,11 @@ def _measure_noise(
     parameters: Mapping[str, nn.Parameter],
     worker: Worker,
 ) -> None:
-    copies = [nn.Parameter(torch.zeros_like(p)) for p in parameters.values()]
-    inner = inner_optimizer(config.finetune, copies)
+    """One step without records, through the run's own path, on copies of the parameters."""
+    copies = {n: nn.Parameter(torch.zeros_like(p)) for n, p in parameters.items()}
+    watched = config.run.strategy != "deepspeed"  # its engine shows nobody what it steps with
+    make = partial(inner_optimizer, config.finetune) if watched else plain_descent
+    update = private_update(copies, make, run=config.run, worker=worker)
     noisy_sum = NoisySum(
         throw_away,
         std=plan.noise_multiplier * plan.clip_norm / plan.grid,
@@ -69,18 +78,35 @@ def _measure_noise(
         unsafe_no_noise=config.run.unsafe_no_noise,
     )
     optimizer = DistributedDPOptimizer(
-        inner,
-        copies,
+        update,
+        update.parameters,
         noisy_sum,
         grid=plan.grid,
         clip_norm=plan.clip_norm,
         divisor=plan.divisor,
+        sharded=update.bounds is not None,
     )
-    nothing_P = torch.zeros(sum(p.numel() for p in copies), dtype=torch.int64, device=worker.device)
-    measure_noise(
-        lambda: optimizer.step(nothing_P, 0),
-        inner,
-        copies,
-        expected_std=0.0 if config.run.unsafe_no_noise else plan.noise_multiplier / plan.divisor,
+    count = sum(p.numel() for p in copies.values())
+    nothing_P = torch.zeros(count, dtype=torch.int64, device=worker.device)
+    expected = 0.0 if config.run.unsafe_no_noise else plan.noise_multiplier / plan.divisor
+    if watched:
+        measure_noise(
+            lambda: optimizer.step(nothing_P, 0),
+            update.optimizer,
+            update.parameters,
+            expected_std=expected,
+            collective=worker.collective,
+            bounds=update.bounds,
+        )
+        return
+    measure_noise_by_descent(
+        lambda: optimizer.step(nothing_P, 0).mean_P,
+        update.parameters,
+        expected_std=expected,
         collective=worker.collective,
     )
+
+
+def plain_descent(learning: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """Moves parameters by minus their gradient."""
+    return torch.optim.SGD(learning, lr=1.0)

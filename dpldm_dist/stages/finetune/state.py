@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from dpldm_dist.privacy.optimizer import DistributedDPOptimizer, NoisyStep, Nois
 from dpldm_dist.privacy.plan import PrivacyPlan
 from dpldm_dist.privacy.selfcheck import FrozenState, refuse_different_parameters
 from dpldm_dist.runtime.checkpoint import Checkpoint, Checkpoints
+from dpldm_dist.runtime.strategy import private_update
 from dpldm_dist.runtime.worker import Worker
 from dpldm_dist.stages.finetune.curves import Curves
 
@@ -53,35 +55,44 @@ class TrainingState:
         self._worker = worker
         self._ledger = ledger
         self._frozen: FrozenState | None = None
-        self.curves = Curves(config, plan, parameters)
-        self._inner = inner_optimizer(config.finetune, list(parameters.values()))
-        self._schedule = _schedule(config.finetune, self._inner, steps=plan.steps)
+        self._plan = plan
+        self.curves = Curves(config, plan, parameters, worker)
+        self._noisy_sum = NoisySum(
+            key,
+            std=plan.noise_multiplier * plan.clip_norm / plan.grid,
+            mechanism=plan.digest(),
+            collective=worker.collective,
+            bind=ledger.bind,
+            unsafe_no_noise=config.run.unsafe_no_noise,
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        return self._update.optimizer.param_groups[0]["lr"]
+
+    def begin(self) -> None:
+        """Start average and optimizer at the parameters as they are now."""
+        config, plan = self._config, self._plan
+        self.ema = EMA(self.parameters, config.finetune.ema_decay)
+        self._update = private_update(
+            self.parameters,
+            partial(inner_optimizer, config.finetune),
+            run=config.run,
+            worker=self._worker,
+            extra=self.curves.extra,
+        )
+        self._schedule = _schedule(config.finetune, self._update.optimizer, steps=plan.steps)
         self.optimizer = DistributedDPOptimizer(
-            self._inner,
-            list(parameters.values()),
-            NoisySum(
-                key,
-                std=plan.noise_multiplier * plan.clip_norm / plan.grid,
-                mechanism=plan.digest(),
-                collective=worker.collective,
-                bind=ledger.bind,
-                unsafe_no_noise=config.run.unsafe_no_noise,
-            ),
+            self._update,
+            self._update.parameters,
+            self._noisy_sum,
             grid=plan.grid,
             clip_norm=plan.clip_norm,
             divisor=plan.divisor,
             extra=self.curves.extra,
             schedule=self._schedule,
+            sharded=self._update.bounds is not None,
         )
-        self.begin()
-
-    @property
-    def learning_rate(self) -> float:
-        return self._inner.param_groups[0]["lr"]
-
-    def begin(self) -> None:
-        """Start the average at the parameters as they are now."""
-        self.ema = EMA(self.parameters, self._config.finetune.ema_decay)
 
     def freeze(self) -> None:
         """From now on a save refuses a change of anything but the trainable parameters."""
@@ -102,13 +113,14 @@ class TrainingState:
             self._frozen.verify()
         refuse_different_parameters(self.parameters, self._worker.collective)
         head = self._ledger.note_checkpoint(self.step)
+        tensors = self._tensors()  # every worker: the optimizer's state may be spread over them
         if self._worker.rank == 0:
             facts = {
                 "settings": settings_of(self._config),
                 "ledger_head": list(head),
                 "grad_scale": self.denoiser.embedder.grad_scale,
             }
-            checkpoints.save(self.step, self._tensors(), facts)
+            checkpoints.save(self.step, tensors, facts)
         self._worker.collective.barrier()
         self._worker.checkpointed(self.step)
 
@@ -136,10 +148,7 @@ class TrainingState:
         tensors |= {f"ema/{name}": value for name, value in self.ema.state().items()}
         tensors |= {f"curves/{name}": value for name, value in self.curves.state().items()}
         tensors["embedder/base"] = self.denoiser.embedder.base
-        for name, parameter in self.parameters.items():
-            for slot, value in self._inner.state.get(parameter, {}).items():
-                if value is not None:
-                    tensors[f"optimizer/{name}/{slot}"] = torch.as_tensor(value)
+        tensors |= {f"optimizer/{name}": value for name, value in self._update.state().items()}
         return tensors
 
     @torch.no_grad()
@@ -149,16 +158,13 @@ class TrainingState:
         self.denoiser.embedder.grad_scale = saved.facts["grad_scale"]
         for name, parameter in self.parameters.items():
             parameter.copy_(saved.tensors[f"parameter/{name}"])
-            slots = _below(f"optimizer/{name}/", saved.tensors)
-            if slots:
-                self._inner.state[parameter] = {
-                    slot: value.to(parameter.device) if value.dim() else value
-                    for slot, value in slots.items()
-                }
+        self.begin()
+        self._update.load(_below("optimizer/", saved.tensors))
         self.ema.load(_below("ema/", saved.tensors))
         self.curves.load(_below("curves/", saved.tensors), steps=self.step)
         self._schedule.last_epoch = self.step
-        for group, base in zip(self._inner.param_groups, self._schedule.base_lrs, strict=True):
+        groups = self._update.optimizer.param_groups
+        for group, base in zip(groups, self._schedule.base_lrs, strict=True):
             group["lr"] = base * self._schedule.lr_lambdas[0](self.step)
 
 
