@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dpldm_dist.config import RunConfig
+from dpldm_dist.errors import ConfigError
 from dpldm_dist.privacy.blocks import block_slices, flat_length, pieces_of
 from dpldm_dist.runtime.worker import Worker
 
@@ -67,6 +68,11 @@ def public_model(
     objective: nn.Module, *, weight_decay: float, run: RunConfig, worker: Worker
 ) -> PublicModel:
     """``objective`` held as ``run.strategy`` says. Raises: ConfigError."""
+    if run.strategy == "fsdp":
+        raise ConfigError(
+            "run.strategy = fsdp: public training shards parameters with DeepSpeed. Set "
+            "run.strategy=deepspeed and run.deepspeed.zero_stage=3."
+        )
     if run.strategy == "deepspeed":
         from dpldm_dist.runtime.strategy_deepspeed import ZeroModel
 
@@ -168,7 +174,15 @@ class PrivateUpdate(Protocol):
 
 
 def refuse_for_private_training(run: RunConfig) -> None:
-    """Raises: ConfigError for a strategy that could change a finished private gradient."""
+    """Raises: ConfigError for a strategy that could change a finished private gradient, or whose
+    collectives would follow the records."""
+    if run.strategy == "fsdp":
+        raise ConfigError(
+            "run.strategy = fsdp: it gathers the frozen weights in every forward pass, so all "
+            "workers need equally many, while each has as many microbatches as its records drawn "
+            "need: the run would hang, or show who drew more. Set run.strategy=ddp and train on "
+            "GPUs that hold the frozen model once."
+        )
     if run.strategy == "deepspeed":
         from dpldm_dist.runtime import strategy_deepspeed
 

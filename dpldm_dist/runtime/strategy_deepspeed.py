@@ -264,9 +264,8 @@ class ZeroModel:
             clip=1.0,
             reduction="mean",
         )
-        self._state = OptimizerState(self._named, self._optimizer)
-        # ZeRO-3 has made the state already, with the rate at 0
-        self._state.make((lambda: None) if self._sharded else self._empty_step)
+        self._state = OptimizerState(self._named, self._optimizer, sharded=self._sharded)
+        self._state.make(self._empty_step)
 
     def step(self, loss: Tensor, rate: float) -> None:
         for group in self._optimizer.param_groups:
@@ -293,15 +292,7 @@ class ZeroModel:
     def parts(self, wholes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not self._sharded:
             return dict(wholes)
-        from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param
-
-        found, own = {}, {name: part.clone() for name, part in self.followed().items()}
-        for name, whole in wholes.items():
-            parameter = self._named[name]
-            safe_set_full_fp32_param(parameter, whole.to(own[name].device))
-            found[name] = safe_get_local_fp32_param(parameter).clone()
-            self._set_part(name, own[name])
-        return found
+        return {name: _part_like(own, wholes[name]) for name, own in self.followed().items()}
 
     def optimizer_state(self) -> dict[str, Tensor]:
         return self._state.whole()
@@ -309,7 +300,10 @@ class ZeroModel:
     @torch.no_grad()
     def load(self, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         for name, parameter in self._named.items():
-            _write_parameter(parameter, parameters[name])
+            _write_parameter(parameter, parameters[name].to(parameter.device))
+        if self._sharded:  # what the optimizer keeps beside what the model computes with
+            for name, part in self.parts(parameters).items():
+                self._set_part(name, part)
         self._state.load(state)
 
     @torch.no_grad()
@@ -318,7 +312,11 @@ class ZeroModel:
             parameter.copy_(averages[name])
 
     def _empty_step(self) -> None:
-        self.module.backward(torch.stack([(p * 0.0).sum() for p in self._named.values()]).sum())
+        import deepspeed
+
+        parameters = list(self._named.values())
+        with deepspeed.zero.GatheredParameters(parameters):  # as whole as they were a moment ago
+            self.module.backward(torch.stack([(p * 0.0).sum() for p in parameters]).sum())
         self.module.step()
 
     def _lent(self, name: str, part: Tensor, read: Callable[[nn.Parameter], Tensor]) -> Tensor:
@@ -358,17 +356,25 @@ def _recompute_activations(model: nn.Module) -> None:
         module.enable_gradient_checkpointing()
 
 
-@torch.no_grad()
 def _write_parameter(parameter: nn.Parameter, value: Tensor) -> None:
-    """Into what the model computes with and into what the optimizer keeps."""
+    """Into what the model computes with and, below ZeRO-3, what the optimizer keeps."""
     import deepspeed
     from deepspeed.utils import safe_set_full_fp32_param
 
-    value = value.to(parameter.device)
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        if parameter.shape == value.shape:  # ZeRO-3 shows it to one worker at a time
-            parameter.copy_(value)
-    safe_set_full_fp32_param(parameter, value)
+        parameter.copy_(value)
+    if parameter.shape == value.shape:
+        safe_set_full_fp32_param(parameter, value)
+
+
+def _part_like(own: Tensor, whole: Tensor) -> Tensor:
+    """This worker's part of ``whole``, as ZeRO-3 cuts it: equal parts, the last one padded.
+
+    (DeepSpeed's own setters of whole tensors fail where the parts do not come out even.)
+    """
+    padded = own.new_zeros(own.numel() * dist.get_world_size())
+    padded[: whole.numel()] = whole.flatten()
+    return padded.view(-1, own.numel())[dist.get_rank()].view_as(own).clone()
 
 
 # --- private training -----------------------------------------------------------------------------
@@ -461,7 +467,14 @@ class OptimizerState:
     What is read is whole and does not depend on strategy, ZeRO stage or the number of workers.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer):
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        sharded: bool = False,
+    ):
+        self._sharded = sharded  # ZeRO-3
         self._parameters = dict(parameters)
         self._optimizer = optimizer
         self._slots: list[str] = []
@@ -521,6 +534,10 @@ class OptimizerState:
         if parameter in self._optimizer.state:
             self._optimizer.state[parameter][slot].copy_(value)
             return
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed import utils
 
-        safe_set_full_optimizer_state(parameter, value, slot)
+        if self._sharded:
+            own = utils.safe_get_local_optimizer_state(parameter, slot)
+            utils.safe_set_local_optimizer_state(parameter, _part_like(own, value), slot)
+            return
+        utils.safe_set_full_optimizer_state(parameter, value, slot)

@@ -10,10 +10,11 @@ from unittest import mock
 import pytest
 import torch
 
-from dpldm_dist.config import parse_config
+from dpldm_dist.config import Config, parse_config
 from dpldm_dist.errors import PrivacyError
 from dpldm_dist.privacy.blocks import BLOCK
 from dpldm_dist.privacy.collective import Collective
+from dpldm_dist.privacy.ledger import read_ledger
 from dpldm_dist.privacy.optimizer import DistributedDPOptimizer, NoisySum
 from dpldm_dist.privacy.selfcheck import measure_noise
 from dpldm_dist.runtime.checkpoint import Checkpoints
@@ -25,6 +26,7 @@ from dpldm_dist.runtime.worker import Worker
 from dpldm_dist.stages.finetune import finetune
 from tests.privacy.mechanism_checks import CLIP_NORM, GRID, SIGMA, mechanism
 from tests.processes import on_workers
+from tests.stages.test_finetune import crash
 from tests.stages.tiny_run import (
     TEST_KEY,
     latent_shards,
@@ -286,3 +288,28 @@ def test_private_training_in_slices_releases_what_one_process_releases(tmp_path)
     saved = [Checkpoints(RunDir(tmp_path / f"on-{n}").checkpoints, keep=2).latest() for n in (1, 2)]
     for name, value in saved[0].tensors.items():
         assert torch.allclose(value, saved[1].tensors[name], rtol=1e-12, atol=0), name
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("place", ["before the bind", "after the bind", "after the release"])
+def test_a_run_in_slices_that_is_killed_repeats_its_releases_on_another_number_of_workers(
+    tmp_path, place
+):
+    public_model(tmp_path / "model")
+    latent_shards(tmp_path / "latents")
+
+    def config(name: str, workers: int) -> Config:
+        run = {"dir": str(tmp_path / name), "workers": workers, "update": "sharded"}
+        return settings(tmp_path, name, run=run | {"unsafe_test_key": TEST_KEY})
+
+    def start(config: Config) -> None:
+        RunDir(config.run.dir).create()
+        launch([Job(finetune, config)], run=config.run)
+
+    start(config("unbroken", 1))
+    assert crash(config("killed", 3), f"{place}:5").returncode != 0
+    start(config("killed", 2))
+    unbroken, killed = (released_weights(tmp_path, name) for name in ("unbroken", "killed"))
+    assert all(torch.equal(value, killed[name]) for name, value in unbroken.items())
+    summary = read_ledger(RunDir(tmp_path / "killed").ledger)
+    assert summary.steps == 10  # no extra charge
