@@ -217,4 +217,5 @@ def _cell(slow: Rates, fast: Rates, config: Config, count: int, batch: int, gpus
     )
     times = [step_time(rates, work, gpus).total_s for rates in (fast, slow)]
     shares = sorted(efficiency(rates, work, gpus) for rates in (fast, slow))
-    return f"{times[0]:.2g} to {times[1]:.2g} s ({shares[0]:.0%} to {shares[1]:.0%})"
+    fastest, slowest = (f"{t:.2g}" if t < 99 else f"{t:.0f}" for t in times)
+    return f"{fastest} to {slowest} s ({shares[0]:.0%} to {shares[1]:.0%})"
