@@ -114,7 +114,7 @@ def _wire(found: dict[Setting, Measured]) -> list[str]:
 
 def _held_out(found: dict[Setting, Measured], rates: Rates) -> list[str]:
     rows, overhead = [], header_overhead(found[FIT[2]])
-    for setting in SETTINGS:
+    for setting in (setting for setting in SETTINGS if setting in found):
         run = found[setting]
         told = predict(rates, run, overhead=overhead).total_s
         link = "free" if setting.mbit is None else f"{setting.mbit:g} Mbit/s"
@@ -141,7 +141,7 @@ def _records(found: list[dict[str, Any]]) -> list[str]:
             f"{row['workers']}",
             f"{row['manifest_mb']:.0f}",
             f"{row['open_s']:.1f}",
-            f"{row['memory_mb']:.0f}",
+            "not read" if row["memory_mb"] is None else f"{row['memory_mb']:.0f}",
             f"{1000 * row['draw_s']:.1f}",
         ]
         for row in found
