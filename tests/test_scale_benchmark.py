@@ -33,7 +33,10 @@ def machine(rates: Rates, *, faulty: float = 0.0) -> dict[Setting, Measured]:
             sent=bytes_sent(PARAMETERS, setting.workers),
             noise_s=rates.noise_s * PARAMETERS,
             message_s=2 * rates.hop_s * max(1.0, 2 / rates.cores),
-            once_s=rates.once_s,
+            by_worker=tuple(
+                (rates.once_s * (rank == 0) + 3 * rates.microbatch_s, 3.0)
+                for rank in range(setting.workers)
+            ),
             exchange_s=rates.byte_s * PARAMETERS * 12 * max(1.0, 2 / rates.cores),
         )
         extra_s = faulty * (setting.workers - 1) ** 2

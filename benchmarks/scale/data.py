@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import shutil
 import tempfile
 import time
@@ -62,7 +61,7 @@ def _write(folder: Path, shard_records: int) -> None:
 
 
 def _one(folder: str, shard_records: int, workers: int) -> dict[str, Any]:
-    before = _resident_mb()
+    before = _memory_mb("VmRSS")
     started = time.perf_counter()
     latents = LatentShards(Path(folder))
     opened_s = time.perf_counter() - started
@@ -84,15 +83,18 @@ def _one(folder: str, shard_records: int, workers: int) -> dict[str, Any]:
         "manifest_mb": (Path(folder) / "manifest.json").stat().st_size / 1e6,
         "open_s": opened_s,
         "lanes_s": lanes_s,
-        "memory_mb": _resident_mb() - before,
+        "memory_mb": _memory_mb("VmHWM") - before,
         "draw_s": float(np.median(draws)),
         "drawn": drawn,
     }
 
 
-def _resident_mb() -> float:
-    """Most memory that this process has had, megabytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _memory_mb(field: str) -> float:
+    """``VmRSS``: what this process holds now; ``VmHWM``: the most it ever held. Megabytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 1024
+    raise ValueError(field)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from dpldm_dist.runtime.rundir import RunDir, dataset_dir
 from dpldm_dist.stages.encode import encode, pretrain_autoencoder
 from dpldm_dist.stages.prepare import prepare
 
-_IMAGES, _SHARD_RECORDS = 6000, 500
-_WORKERS = (1, 2, 4)
+_IMAGES, _SHARD_RECORDS = 3000, 250
+_WORKERS = (1, 2)
 
 
 def throughput() -> list[dict[str, Any]]:

@@ -41,8 +41,8 @@ class Measured:
     workers used together; ``step_s``: the one that counts; ``total``, ``most``: microbatches of
     all workers and of the one with most; ``sent``: bytes that a worker sent in a step, headers too;
     ``noise_s``: noise of all coordinates by one worker; ``message_s``: a reduction of 8 bytes;
-    ``once_s``: the ledger of a step, written by one worker; ``exchange_s``: the reduction and the
-    gathering of a step, alone (0: not timed).
+    ``exchange_s``: the reduction and the gathering of a step, alone (0: not timed). ``by_worker``:
+    of each worker, seconds of processors and microbatches.
     """
 
     setting: Setting
@@ -56,7 +56,7 @@ class Measured:
     noise_s: float
     message_s: float
     exchange_s: float
-    once_s: float
+    by_worker: tuple[tuple[float, float], ...]
 
 
 def measure(root: Path, setting: Setting, *, number: int, cores: int, clock: str) -> Measured:
@@ -131,7 +131,13 @@ def _boiled_down(setting: Setting, seen: list[dict[str, Any]], shared: int | Non
         noise_s=_alone("noise", seen, 1 if shared else None),
         message_s=_alone("message", seen, shared),
         exchange_s=_alone("exchange", seen, shared),
-        once_s=seen[0]["once_wall_s" if shared is None else "once_cpu_s"] / len(ended),
+        by_worker=tuple(
+            (
+                median(w["cpu_s"][step] - w["cpu_s"][step - 1] for step in steps),
+                median(w["microbatches"][step] for step in steps),
+            )
+            for w in seen
+        ),
     )
 
 
@@ -149,4 +155,5 @@ def as_json(found: Measured) -> dict[str, Any]:
 
 
 def from_json(tree: dict[str, Any]) -> Measured:
-    return Measured(**{**tree, "setting": Setting(**tree["setting"])})
+    workers = tuple((cpu_s, load) for cpu_s, load in tree["by_worker"])
+    return Measured(**{**tree, "setting": Setting(**tree["setting"]), "by_worker": workers})

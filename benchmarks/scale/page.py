@@ -114,7 +114,7 @@ def _wire(found: dict[Setting, Measured]) -> list[str]:
 
 def _held_out(found: dict[Setting, Measured], rates: Rates) -> list[str]:
     rows, overhead = [], header_overhead(found[FIT[2]])
-    for setting in SETTINGS:
+    for setting in (setting for setting in SETTINGS if setting in found):
         run = found[setting]
         told = predict(rates, run, overhead=overhead).total_s
         link = "free" if setting.mbit is None else f"{setting.mbit:g} Mbit/s"
@@ -141,7 +141,7 @@ def _records(found: list[dict[str, Any]]) -> list[str]:
             f"{row['workers']}",
             f"{row['manifest_mb']:.0f}",
             f"{row['open_s']:.1f}",
-            f"{row['memory_mb']:.0f}",
+            "not read" if row["memory_mb"] is None else f"{row['memory_mb']:.0f}",
             f"{1000 * row['draw_s']:.1f}",
         ]
         for row in found
@@ -217,4 +217,5 @@ def _cell(slow: Rates, fast: Rates, config: Config, count: int, batch: int, gpus
     )
     times = [step_time(rates, work, gpus).total_s for rates in (fast, slow)]
     shares = sorted(efficiency(rates, work, gpus) for rates in (fast, slow))
-    return f"{times[0]:.2g} to {times[1]:.2g} s ({shares[0]:.0%} to {shares[1]:.0%})"
+    fastest, slowest = (f"{t:.2g}" if t < 99 else f"{t:.0f}" for t in times)
+    return f"{fastest} to {slowest} s ({shares[0]:.0%} to {shares[1]:.0%})"

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ import torch.distributed as dist
 
 from dpldm_dist.config import parse_config
 from dpldm_dist.privacy.collective import even_slices
-from dpldm_dist.privacy.ledger import SharedLedger
 from dpldm_dist.privacy.randomness import integer_noise
 from dpldm_dist.runtime.collective import GroupCollective, SoloCollective
 from dpldm_dist.runtime.worker import Worker
@@ -75,25 +74,8 @@ def _watch(interface: str | None) -> dict[str, Any]:
         seen["sent"].append(bytes_of(interface) if interface else 0)
 
     PrivateData.microbatches, TrainingState.tick = counted, timed
-    for name in ("charge", "bind"):
-        setattr(SharedLedger, name, _clocked(getattr(SharedLedger, name), seen))
     stage._show = lambda *arguments, **rest: None  # epsilon by PLD is no part of a step
     return seen
-
-
-def _clocked(function: Callable[..., Any], seen: dict[str, Any]) -> Callable[..., Any]:
-    """``function``, whose seconds are added up: what one worker does for all."""
-    seen |= {"once_wall_s": 0.0, "once_cpu_s": 0.0}
-
-    def clocked(*arguments: Any, **rest: Any) -> Any:
-        wall, cpu = time.perf_counter(), time.process_time()
-        try:
-            return function(*arguments, **rest)
-        finally:
-            seen["once_wall_s"] += time.perf_counter() - wall
-            seen["once_cpu_s"] += time.process_time() - cpu
-
-    return clocked
 
 
 def _alone(parameters: int, collective: Any) -> dict[str, float]:

@@ -32,7 +32,7 @@ class Rates:
     row_s: one draw of one record, forward and backward. microbatch_s: what comes on top for each
     microbatch. noise_s: noise of one coordinate. coordinate_s: everything else that every worker
     does for every coordinate (digest, optimizer, average). step_s: whatever else every worker does.
-    once_s: what one worker does for all (ledger).
+    once_s: what one worker does for all (ledger, progress).
     byte_s: one byte sent, if the network were free. link_byte_s: the same for the network, if the
     processors were. hop_s: one message. cores: workers that can compute at the same time; further
     ones share them (infinite: each has a device of its own).
