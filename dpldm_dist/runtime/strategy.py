@@ -269,7 +269,9 @@ class PiecewiseUpdate:
     def state(self) -> dict[str, Tensor]:
         first = (self._none or [piece for _, piece in self._own])[0]
         found: dict[str, Tensor] = {}
-        for slot, value in self.optimizer.state.get(first, {}).items():
+        kept = self.optimizer.state.get(first, {})
+        for slot in sorted(kept):  # gathered one by one: in the same order on every worker
+            value = kept[slot]
             if not torch.is_tensor(value):
                 continue
             whole = self._gathered(slot) if slot != "step" else None
@@ -282,7 +284,7 @@ class PiecewiseUpdate:
         return found
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        for slot in {name.rpartition("/")[2] for name in state}:
+        for slot in sorted({name.rpartition("/")[2] for name in state}):
             saved = [state[f"{name}/{slot}"] for name in self._named]
             if slot == "step":  # one number, of which every piece keeps its own
                 for _, piece in self._own:
