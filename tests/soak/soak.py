@@ -30,6 +30,7 @@ EPSILON_READINGS = 20  # of a run, about
 LARGEST_SLOPE = 1.0  # MB of resident memory per 1,000 steps
 LARGEST_GROWTH_MB = 64.0
 SHARED_MEMORY = Path("/dev/shm")
+TENSORS = "torch_*"  # all that a worker could leave there; other programs have files of their own
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Figures:
 
 def soak(folder: Path, *, steps: int, kills: int, seed: int) -> Figures:
     """``steps`` noisy steps, half of them in a run that is killed ``kills`` times."""
-    started, shared = time.monotonic(), set(SHARED_MEMORY.iterdir())
+    started, shared = time.monotonic(), set(SHARED_MEMORY.glob(TENSORS))
     tiny, chance = Tiny.make(folder), random.Random(seed)
     nest = Nest(folder)
     killed = _config(tiny, "killed", steps // 2)
@@ -72,7 +73,9 @@ def soak(folder: Path, *, steps: int, kills: int, seed: int) -> Figures:
     )
     found = faults(killed, lives, released_files(RunDir(alone.run.dir)))
     found += faults(alone, [first, unbroken], released_files(RunDir(killed.run.dir)))
-    found += [f"{path} was left behind" for path in _nobodys(set(SHARED_MEMORY.iterdir()) - shared)]
+    found += [
+        f"{path} was left behind" for path in _nobodys(set(SHARED_MEMORY.glob(TENSORS)) - shared)
+    ]
     found += [f"{path} was left behind" for path in nest.temporary.rglob("*")]
     window = steps // 2 // EPSILON_READINGS
     rss_MB, grown_MB, slope, files = growth(unbroken.health, window=window)
