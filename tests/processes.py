@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing
+import os
 import pickle
 import queue
 import tempfile
@@ -72,8 +73,11 @@ def _work(
     results.put(
         pickle.dumps((rank, outcome))
     )  # tensors as bytes: no file of this process is needed
+    results.close()
+    results.join_thread()
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads have aborted a process that was already done, at its very end
 
 
 def _outcome(function: Any, collective: Any, arguments: Any) -> Any:

@@ -41,7 +41,8 @@ def config_for(folder: Path, *, seed: int = 0, **changes: object) -> Config:
 def surroundings() -> tuple[object, ...]:
     """What a launch must leave as it was."""
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, *SIGNALS)]
-    return dict(os.environ), set(Path("/tmp").glob("dpldm-*")), handlers
+    ours = set(Path("/tmp").glob("dpldm-*")) - set(Path("/tmp").glob("dpldm-test-*"))
+    return dict(os.environ), ours, handlers
 
 
 def totals(folder: Path, workers: int) -> list[int]:

@@ -70,11 +70,12 @@ def test_a_preempted_or_timed_out_job_saves_is_requeued_and_loses_no_step(slurm,
     run.hold_at(2)
     job = run.submit("--nodes=2", "--cpus-per-task=4", "--time=50")
     run.until_held(job)
-    run.hold_at(5)
     urgent = slurm.submit(
         *("--nodes=2", "--cpus-per-task=4", "--ntasks-per-node=1", "--partition=urgent"),
         *("--output=/dev/null", "--wrap=true"),
     )
+    slurm.until(lambda: "Requeued" in run.output(), "saved and requeued", 600)
+    run.hold_at(5)
     slurm.wait(urgent, "COMPLETED")
     slurm.until(lambda: slurm.job(job)["Restarts"] == "1", "requeued once", 600)
     assert "3 of 8 noisy steps saved" in run.output(), run.output()
