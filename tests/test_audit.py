@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 TOML = """
 data = {{ size = 16 }}
 autoencoder = {{ block_channels = [8, 8, 8] }}
-model = {{ block_channels = [8], heads = 2, context_dim = 8, norm_groups = 4 }}
+model = {{ block_channels = [8], heads = 2, context_dim = 32, norm_groups = 4 }}
 privacy = {{ epsilon = 8.0, delta = 1e-5, clip_norm = 0.5, lanes = 2 }}
 audit = {{ canaries = 128, steps = 12, selection_steps = 32 }}
 run = {{ dir = "{dir}", device = "cpu", threads = 1 }}

@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -256,22 +257,29 @@ class ZeroModel:
         self._named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._sharded = settings.zero_stage == 3
         self._optimizer = public_optimizer(self._named.values(), weight_decay=weight_decay)
-        self.module = start_engine(
-            _InBfloat16(model) if settings.bf16 else model,
-            self._optimizer,
-            settings=settings,
-            worker=worker,
-            clip=1.0,
-            reduction="mean",
-        )
+        self._linear = torch.nn.functional.linear  # ZeRO-3's engine puts its own there
+        with self._own_linear():
+            self._engine = start_engine(
+                _InBfloat16(model) if settings.bf16 else model,
+                self._optimizer,
+                settings=settings,
+                worker=worker,
+                clip=1.0,
+                reduction="mean",
+            )
         self._state = OptimizerState(self._named, self._optimizer, sharded=self._sharded)
         self._state.make(self._empty_step)
+
+    def module(self, *inputs: Tensor) -> Any:
+        with self._own_linear():
+            return self._engine(*inputs)
 
     def step(self, loss: Tensor, rate: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self.module.backward(loss)
-        self.module.step()
+        with self._own_linear():  # checkpointed activations are computed again here
+            self._engine.backward(loss)
+        self._engine.step()
 
     def followed(self) -> dict[str, Tensor]:
         if not self._sharded:
@@ -316,8 +324,19 @@ class ZeroModel:
 
         parameters = list(self._named.values())
         with deepspeed.zero.GatheredParameters(parameters):  # as whole as they were a moment ago
-            self.module.backward(torch.stack([(p * 0.0).sum() for p in parameters]).sum())
-        self.module.step()
+            self._engine.backward(torch.stack([(p * 0.0).sum() for p in parameters]).sum())
+        self._engine.step()
+
+    @contextmanager
+    def _own_linear(self) -> Iterator[None]:
+        """Within: the ``linear`` that the engine chose. DeepSpeed puts one that keeps no gathered
+        weight in its place in the whole process, and would leave it to every other model."""
+        functional = torch.nn.functional
+        before, functional.linear = functional.linear, self._linear
+        try:
+            yield
+        finally:
+            self._linear, functional.linear = functional.linear, before
 
     def _lent(self, name: str, part: Tensor, read: Callable[[nn.Parameter], Tensor]) -> Tensor:
         """What ``read`` finds while the parameter's part is ``part``."""

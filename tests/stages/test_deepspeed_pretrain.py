@@ -133,6 +133,25 @@ def test_bfloat16_computes_otherwise_and_keeps_float32_weights(plain, tmp_path):
     assert any(not torch.equal(plain[name], rough[name]) for name in plain)
 
 
+@pytest.mark.parametrize("more", [{}, {"activation_checkpointing": True}], ids=str)
+def test_another_model_of_the_process_computes_as_before(tmp_path, more):
+    """ZeRO-3 puts a ``linear`` of its own in the place of torch's for the whole process."""
+    before, seen = torch.nn.functional.linear, []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: (
+            seen.append(torch.nn.functional.linear is before)
+            if isinstance(module, torch.nn.Linear)
+            else None
+        )
+    )
+    try:
+        train(SoloCollective(), str(tmp_path), until=1, zero_stage=3, **more)
+    finally:
+        hook.remove()
+    assert seen and not any(seen), "its own model computes with it"
+    assert torch.nn.functional.linear is before
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_every_way_learns_what_one_process_learns(plain, tmp_path, workers):
