@@ -13,7 +13,7 @@ from dpldm_dist.runtime.rundir import RunDir, dataset_dir
 from dpldm_dist.stages.encode import encode, pretrain_autoencoder
 from dpldm_dist.stages.prepare import prepare
 
-_IMAGES, _SHARD_RECORDS = 3000, 250
+_IMAGES, _SHARD_RECORDS = 24_000, 1000
 _WORKERS = (1, 2)
 
 

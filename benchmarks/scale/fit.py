@@ -1,17 +1,21 @@
-"""Rates of this machine out of runs with one and two processes; what they say of all others."""
+"""Rates of this machine out of a few runs and timed parts; what they say of all others."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from benchmarks.scale.measure import Measured, Setting
 from benchmarks.scale.tiny import LANES, MICROBATCH
 from dpldm_dist.runtime.cost import Load, Rates, StepTime, Work, bytes_sent, step_time
 
-SMALL, FITTED, TWO = Setting(1, 48), Setting(1, 96), Setting(2, 96)
-FIT = (SMALL, FITTED, TWO)
-HELD_OUT = (Setting(4, 96), Setting(4, 192), Setting(2, 96, 40.0), Setting(4, 96, 40.0))
+SMALL, FITTED, TWO = Setting(1, 48), Setting(1, 192), Setting(2, 96)
+PROBES = (Setting(2, 96, 80.0), Setting(4, 96, 80.0))
+FIT = (SMALL, FITTED, TWO, *PROBES)
+HELD_OUT = (
+    *(Setting(1, 96), Setting(4, 96), Setting(4, 192)),
+    *(Setting(2, 96, 40.0), Setting(4, 96, 40.0)),
+)
 SETTINGS = (*FIT, *HELD_OUT)
 
 
@@ -22,7 +26,7 @@ def fit(found: dict[Setting, Measured], *, cores: int) -> Rates:
     two processes, messages and bytes are timed by themselves. What the first of two processes uses
     of processors beyond the second is done once (ledger, progress); every worker does the rest.
     """
-    small, one, two = (found[setting] for setting in FIT)
+    small, one, two = (found[setting] for setting in (SMALL, FITTED, TWO))
     crowd = max(1.0, two.setting.workers / cores)
     each_s = (one.step_s - small.step_s) / (one.total - small.total)
     rest_s = max(0.0, one.step_s - one.total * each_s - one.noise_s)
@@ -40,12 +44,24 @@ def fit(found: dict[Setting, Measured], *, cores: int) -> Rates:
     )
 
 
-def predict(rates: Rates, run: Measured, *, overhead: float = 1.0) -> StepTime:
-    """What the model says of a run, given how many microbatches it had; ``overhead``: bytes on the
-    wire for one byte of a tensor."""
+def shares_of_link(found: Mapping[Setting, Measured]) -> dict[int, float]:
+    """By the number of workers, what part of a slow link's speed an exchange gets that is timed by
+    itself at another speed: for headers, and because gloo hardly sends while it receives."""
+    return {
+        probe.workers: _seconds_on_wire(found[probe]) / found[probe].exchange_s for probe in PROBES
+    }
+
+
+def _seconds_on_wire(run: Measured) -> float:
+    assert run.setting.mbit is not None
+    return bytes_sent(run.parameters, run.setting.workers) * 8 / (run.setting.mbit * 1e6)
+
+
+def predict(rates: Rates, run: Measured, shares: Mapping[int, float]) -> StepTime:
+    """What the model says of a run, given how many microbatches it had."""
     setting = run.setting
     if setting.mbit is not None:
-        rates = replace(rates, link_byte_s=overhead * 8 / (setting.mbit * 1e6))
+        rates = replace(rates, link_byte_s=8 / (setting.mbit * 1e6 * shares[setting.workers]))
     work = Work(
         parameters=run.parameters,
         batch=setting.batch,
@@ -56,14 +72,8 @@ def predict(rates: Rates, run: Measured, *, overhead: float = 1.0) -> StepTime:
     return step_time(rates, work, setting.workers, Load(run.total, run.most))
 
 
-def header_overhead(two: Measured) -> float:
-    """Bytes that left the interface of a worker over those that the model counts."""
-    return two.sent / bytes_sent(two.parameters, two.setting.workers)
-
-
-def errors(found: Sequence[Measured], rates: Rates, *, overhead: float) -> dict[str, float]:
+def errors(
+    found: Sequence[Measured], rates: Rates, shares: Mapping[int, float]
+) -> dict[str, float]:
     """Predicted over measured, minus one, by setting."""
-    return {
-        run.setting.name: predict(rates, run, overhead=overhead).total_s / run.step_s - 1
-        for run in found
-    }
+    return {run.setting.name: predict(rates, run, shares).total_s / run.step_s - 1 for run in found}

@@ -59,11 +59,14 @@ class Measured:
     by_worker: tuple[tuple[float, float], ...]
 
 
-def measure(root: Path, setting: Setting, *, number: int, cores: int, clock: str) -> Measured:
+def measure(
+    root: Path, setting: Setting, *, number: int, cores: int, clock: str, alone: bool
+) -> Measured:
     """One run of ``setting`` on this machine.
 
     ``clock``: "wall", or "cpu" for a machine that has other work: a step whose links are free then
     counts the seconds of processors that the workers used, spread over the cores that they have.
+    ``alone``: time single parts by themselves, too.
     """
     name = f"run-{number}-{setting.name}"
     config = settings(root, name, batch=setting.batch)
@@ -77,7 +80,7 @@ def measure(root: Path, setting: Setting, *, number: int, cores: int, clock: str
                     sys.executable,
                     "-m",
                     "benchmarks.scale.worker",
-                    _order(config, rank, setting, out),
+                    _order(config, rank, setting, out, alone),
                 ]
             )
             for rank, (prefix, out) in enumerate(zip(prefixes, outs, strict=True))
@@ -104,9 +107,9 @@ def _places(setting: Setting) -> Iterator[list[list[str]]]:
         yield [["ip", "netns", "exec", name] for name in names]
 
 
-def _order(config: dict[str, Any], rank: int, setting: Setting, out: Path) -> str:
+def _order(config: dict[str, Any], rank: int, setting: Setting, out: Path, alone: bool) -> str:
     order = {"config": config, "rank": rank, "workers": setting.workers, "out": str(out)}
-    order["alone"] = setting.workers <= 2 and setting.mbit is None  # what is fitted only
+    order["alone"] = alone
     if setting.workers > 1:
         order |= {"store": f"tcp://{ADDRESS.format(1)}:{_PORT}", "interface": INTERFACE}
     return json.dumps(order)

@@ -41,7 +41,7 @@ def _join(hub: str, name: str, number: int, mbit: float | None) -> None:
     for device in ("lo", INTERFACE):
         _in(name, "ip", "link", "set", device, "up")
     if mbit is not None:
-        limit = ("rate", f"{mbit}mbit", "burst", "128kb", "latency", "200ms")
+        limit = ("rate", f"{mbit}mbit", "burst", "128kb", "limit", "64mb")  # nothing is dropped
         _in(name, "tc", "qdisc", "add", "dev", INTERFACE, "root", "tbf", *limit)
 
 

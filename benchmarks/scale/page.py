@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scale.fit import FIT, HELD_OUT, SETTINGS, header_overhead, predict
+from benchmarks.scale.fit import HELD_OUT, SETTINGS, predict, shares_of_link
 from benchmarks.scale.measure import Measured, Setting, from_json
 from dpldm_dist.config import Config, load_config, with_changes
 from dpldm_dist.runtime.cost import (
@@ -113,10 +113,10 @@ def _wire(found: dict[Setting, Measured]) -> list[str]:
 
 
 def _held_out(found: dict[Setting, Measured], rates: Rates) -> list[str]:
-    rows, overhead = [], header_overhead(found[FIT[2]])
+    rows, shares = [], shares_of_link(found)
     for setting in (setting for setting in SETTINGS if setting in found):
         run = found[setting]
-        told = predict(rates, run, overhead=overhead).total_s
+        told = predict(rates, run, shares).total_s
         link = "free" if setting.mbit is None else f"{setting.mbit:g} Mbit/s"
         rows.append(
             [

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from dpldm_dist.config import parse_config
-from dpldm_dist.privacy.collective import even_slices
+from dpldm_dist.privacy.blocks import block_slices
 from dpldm_dist.privacy.randomness import integer_noise
 from dpldm_dist.runtime.collective import GroupCollective, SoloCollective
 from dpldm_dist.runtime.worker import Worker
@@ -81,12 +81,13 @@ def _watch(interface: str | None) -> dict[str, Any]:
 def _alone(parameters: int, collective: Any) -> dict[str, float]:
     """Seconds of single parts outside of a run, by the wall and of processors: noise of all
     coordinates, a small reduction, and what a step exchanges."""
-    token, whole_P = torch.zeros(1, dtype=torch.int64), torch.zeros(parameters, dtype=torch.int64)
-    bounds = even_slices(parameters, collective.world_size)
+    token, sum_P = torch.zeros(1, dtype=torch.int64), torch.zeros(parameters, dtype=torch.int64)
+    updated_P = torch.zeros(parameters)
+    bounds = block_slices(parameters, collective.world_size)
 
     def exchange() -> None:
-        collective.sum_(whole_P)
-        collective.gather_slices_(whole_P, bounds)
+        collective.sum_slices_(sum_P, bounds)
+        collective.gather_slices_(updated_P, bounds)
 
     parts = {
         "noise": lambda: integer_noise(bytes(32), 0, parameters, std=2.0**30),

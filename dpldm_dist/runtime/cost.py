@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 
 WORD_BYTES = 8  # of a coordinate of the integer sum
-MINIMUM_BYTES = 4  # of a coordinate of an ordinary fp32 gradient
+PARAMETER_BYTES = 4  # of a parameter in fp32, and of a coordinate of an ordinary gradient
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Rates:
     """Seconds that one worker, alone on its machine, needs.
 
     row_s: one draw of one record, forward and backward. microbatch_s: what comes on top for each
-    microbatch. noise_s: noise of one coordinate. coordinate_s: everything else that every worker
-    does for every coordinate (digest, optimizer, average). step_s: whatever else every worker does.
-    once_s: what one worker does for all (ledger, progress).
+    microbatch. noise_s: noise of one coordinate. coordinate_s: whatever else is done for a
+    coordinate by the worker that owns it (digest, optimizer). step_s: whatever else every worker
+    does. once_s: what one worker does for all (ledger, progress).
     byte_s: one byte sent, if the network were free. link_byte_s: the same for the network, if the
     processors were. hop_s: one message. cores: workers that can compute at the same time; further
     ones share them (infinite: each has a device of its own).
@@ -77,18 +77,19 @@ class StepTime:
 
 
 def bytes_sent(parameters: int, workers: int) -> float:
-    """Bytes that each worker sends in a step: a ring all-reduce of the integer sum, and a ring
-    all-gather of its noisy slices.
+    """Bytes that each worker sends in a step: its part of the integer sum to the owner of every
+    slice, and the parameters that it updated to all (``run.update = sharded``, which "auto" takes
+    for all but small models).
 
     Source: Patarasuk and Yuan (2009), "Bandwidth optimal all-reduce algorithms".
     """
-    return 3 * (workers - 1) / workers * WORD_BYTES * parameters
+    return (workers - 1) / workers * (WORD_BYTES + PARAMETER_BYTES) * parameters
 
 
 def least_bytes(parameters: int, workers: int) -> float:
     """The same for one ring all-reduce of the trainable parameters in fp32: what training without
     privacy would send."""
-    return 2 * (workers - 1) / workers * MINIMUM_BYTES * parameters
+    return 2 * (workers - 1) / workers * PARAMETER_BYTES * parameters
 
 
 def expected_load(work: Work, workers: int) -> Load:
@@ -118,8 +119,8 @@ def step_time(rates: Rates, work: Work, workers: int, load: Load | None = None) 
         gradients_s=even_s,
         waiting_s=max(0.0, load.most * one_s - even_s),
         noise_s=rates.noise_s * work.parameters / workers * crowd,
-        coordinates_s=rates.coordinate_s * work.parameters * crowd,
-        wire_s=wire_s + 3 * (workers - 1) * rates.hop_s * crowd,
+        coordinates_s=rates.coordinate_s * work.parameters / workers * crowd,
+        wire_s=wire_s + 2 * (workers - 1) * rates.hop_s * crowd,
         rest_s=rates.step_s * crowd + rates.once_s,
     )
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import stat
 import threading
@@ -26,11 +27,16 @@ from dpldm_dist.errors import (
     SavedAndStopped,
     WorkerError,
 )
+from dpldm_dist.models.directory import load_model
 from dpldm_dist.runtime import launch_ray
 from dpldm_dist.runtime.launch import Job, launch
 from dpldm_dist.runtime.policies_ray import RuledTrainer, explain_ray
 from dpldm_dist.runtime.rundir import RunDir
 from dpldm_dist.runtime.stopping import SIGNALS, stop_file, stop_on_signals
+from dpldm_dist.runtime.worker import solo_worker
+from dpldm_dist.stages.encode import encode
+from dpldm_dist.stages.pretrain import pretrain
+from tests.stages.tiny_data import tiny_config, write_images
 
 
 def config_for(folder: Path, *, seed: int = 0, **changes: object) -> Config:
@@ -135,6 +141,41 @@ def test_killed_workers_are_replaced_and_the_model_and_ledger_are_those_of_an_un
     assert (ledger.steps, ledger.attempts, ledger.starts) == (tiny.STEPS, 1, 3)
     told = capfd.readouterr().err
     assert told.count("died") == told.count("Starting again") == 2, "the user is told of each"
+
+
+def test_deepspeed_in_rays_workers_releases_the_bits_of_one_process_without_it(
+    joined_ray, tmp_path
+):
+    """ZeRO-2 on two workers, one of which dies on the way."""
+    zero = {"strategy": "deepspeed", "deepspeed": {"zero_stage": 2}}
+    config = tiny.tiny_config(tmp_path, "zero", workers=2, launcher="ray", **zero)
+    RunDir(config.run.dir).create()
+    stages.give_order(config.run.dir, "die", step=4, rank=1)
+    launch([Job(tiny.finetune, config)], run=config.run)
+    weights, ledger = tiny.weights_and_ledger(config)
+    alone = tiny.unbroken_weights(tmp_path)
+    assert all(torch.equal(weights[name], value) for name, value in alone.items())
+    assert (ledger.steps, ledger.attempts, ledger.starts) == (tiny.STEPS, 1, 2)
+
+
+def test_zero_3_in_rays_workers_learns_from_public_images_what_one_process_learns(
+    joined_ray, tmp_path
+):
+    config = tiny_config(tmp_path / "alone")
+    write_images(config, "public")
+    encode(config, solo_worker())
+    shutil.copytree(tmp_path / "alone", tmp_path / "zero")
+    pretrain(config, solo_worker())
+    zero = {"strategy": "deepspeed", "deepspeed": {"zero_stage": 3}}
+    run = {"workers": 2, "launcher": "ray", "timeout_s": 60.0, **zero}
+    config = tiny_config(tmp_path / "zero", run=run)
+    launch([Job(pretrain, config)], run=config.run)
+    alone, together = (
+        dict(load_model(RunDir(tmp_path / name).public_model).unet.named_parameters())
+        for name in ("alone", "zero")
+    )
+    apart = torch.cat([(alone[name] - together[name]).abs().flatten() for name in alone])
+    assert apart.median() < 1e-6 and apart.max() < 2e-2  # Adam, where a gradient is near zero
 
 
 def test_rays_files_hold_no_key_nonce_digest_or_latent(joined_ray, tmp_path):
