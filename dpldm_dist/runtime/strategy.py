@@ -12,6 +12,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dpldm_dist.config import RunConfig
@@ -70,8 +73,8 @@ def public_model(
     """``objective`` held as ``run.strategy`` says. Raises: ConfigError."""
     if run.strategy == "fsdp":
         raise ConfigError(
-            "run.strategy = fsdp: public training shards parameters with DeepSpeed. Set "
-            "run.strategy=deepspeed and run.deepspeed.zero_stage=3."
+            "run.strategy = fsdp: expected ddp or deepspeed in public training, where no weights "
+            "are frozen. Set run.strategy=deepspeed and run.deepspeed.zero_stage=3."
         )
     if run.strategy == "deepspeed":
         from dpldm_dist.runtime.strategy_deepspeed import ZeroModel
@@ -174,19 +177,56 @@ class PrivateUpdate(Protocol):
 
 
 def refuse_for_private_training(run: RunConfig) -> None:
-    """Raises: ConfigError for a strategy that could change a finished private gradient, or whose
-    collectives would follow the records."""
-    if run.strategy == "fsdp":
-        raise ConfigError(
-            "run.strategy = fsdp: it gathers the frozen weights in every forward pass, so all "
-            "workers need equally many, while each has as many microbatches as its records drawn "
-            "need: the run would hang, or show who drew more. Set run.strategy=ddp and train on "
-            "GPUs that hold the frozen model once."
-        )
+    """Raises: ConfigError for a strategy that could change a finished private gradient."""
     if run.strategy == "deepspeed":
         from dpldm_dist.runtime import strategy_deepspeed
 
         strategy_deepspeed.refuse_for_private_training(run.deepspeed)
+
+
+def shards_frozen(run: RunConfig, worker: Worker) -> bool:
+    """Whether each worker holds a shard of the frozen weights only. Then all workers must make
+    equally many passes through the model: each pass gathers the weights from everybody."""
+    return run.strategy == "fsdp" and worker.world_size > 1
+
+
+def shard_frozen(
+    model: nn.Module,
+    pieces: Iterable[nn.Module],
+    parameters: Iterable[nn.Parameter],
+    *,
+    run: RunConfig,
+    worker: Worker,
+) -> None:
+    """In place: divide all weights of ``model`` but ``parameters`` over the workers, if the run
+    does. A pass gathers those of one of ``pieces`` (modules of ``model``) at a time, and the rest.
+
+    The weights are divided on the device of the worker, piece after piece: it never holds them all.
+
+    Formal guarantees: ``parameters`` stay what they are, whole on every worker, and their gradients
+    go through no collective. Results of a pass have the bits of the whole model.
+    Raises: ConfigError if nothing is frozen.
+    """
+    if run.strategy != "fsdp":
+        return
+    learning = set(parameters)
+    if all(parameter in learning for parameter in model.parameters()):
+        raise ConfigError(
+            "run.strategy = fsdp divides frozen weights, and all weights are trainable: expected "
+            "some that are frozen. Set run.strategy=ddp, or another finetune.trainable."
+        )
+    if not shards_frozen(run, worker):
+        return
+    mesh = init_device_mesh(worker.device.type, (worker.world_size,))
+    for module in (*pieces, model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=learning)
+
+
+@torch.no_grad()
+def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each parameter, whole, one after the other. Every worker takes part."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def private_update(
