@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from dpldm_dist.errors import ConfigError
 
@@ -52,6 +53,12 @@ def build_unet(
             dropout=0.0,
         )
     return unet.eval()
+
+
+def unet_blocks(unet: UNet2DConditionModel) -> list[nn.Module]:
+    """The input, middle and output blocks: nearly all weights, used one block after the other."""
+    middle = [] if unet.mid_block is None else [unet.mid_block]
+    return [*unet.down_blocks, *middle, *unet.up_blocks]
 
 
 def _check_sizes(

@@ -29,13 +29,15 @@ def fit_to_gaussian(
     spread: float | None,
     parts: int,
     my_parts: Iterable[int],
+    passes: int = 0,
     sum_: Callable[[Tensor], None],
     tick: Callable[[int], None],
 ) -> None:
     """Ordinary training of ``parameters`` on draws from a released Gaussian: post-processing.
 
     The batch is cut into ``parts`` fixed parts; a worker computes ``my_parts`` and ``sum_`` adds
-    int64 vectors over workers, so the result has the same bits for any number of workers.
+    int64 vectors over workers, so the result has the same bits for any number of workers. A worker
+    with fewer parts than ``passes`` makes up for it by passes whose gradients are thrown away.
     """
     learning = list(parameters.values())
     device = learning[0].device
@@ -44,15 +46,18 @@ def fit_to_gaussian(
         optimizer, lambda n: 0.5 * (1 + math.cos(math.pi * n / steps))
     )
     mine = tuple(my_parts)
+    unused = (0,) * max(0, passes - len(mine))
     for step in range(steps):
         total = torch.zeros(sum(p.numel() for p in learning), dtype=torch.int64, device=device)
-        for part in mine:
+        for turn, part in enumerate(mine + unused):
             rows = batch * (part + 1) // parts - batch * part // parts
             loss = _gaussian_loss(
                 denoiser, diffusion, gaussian, rows=rows, seed=step * parts + part,
                 label_dropout=label_dropout, bias=bias, spread=spread, device=device,
             )  # fmt: skip
             found = torch.autograd.grad(loss / batch, learning)
+            if turn >= len(mine):
+                continue
             flat = torch.cat([gradient.flatten() for gradient in found]).double()
             total += torch.round(flat / _GRID).to(torch.int64)
         sum_(total)

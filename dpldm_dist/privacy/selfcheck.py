@@ -343,7 +343,7 @@ class FrozenState:
 
     Formal guarantees: after ``verify``, every parameter that is not in ``trainable``, every buffer,
     persistent or not, and every other tensor that a module keeps has the bits that it had when this
-    was made; none came and none went.
+    was made; none came and none went. Of what is divided over workers each checks what it holds.
     Raises: PrivacyError if a trainable name is not in the model.
     """
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dpldm_dist.errors import PrivacyError
 
@@ -274,7 +275,10 @@ def contents(model: nn.Module) -> dict[str, bytes]:
 
 
 def tensor_digest(tensor: Tensor) -> bytes:
-    """SHA-256 of type, shape and every bit of the numbers."""
+    """SHA-256 of type, shape and every bit of the numbers; of a tensor that is divided over
+    workers, of what this worker holds."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
     code = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + b"\0")
     code.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return code.digest()

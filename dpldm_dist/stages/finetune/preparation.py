@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import stat
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from dpldm_dist.data.latents import LatentShards
 from dpldm_dist.errors import ConfigError, DataError, PrivacyError, RunError
 from dpldm_dist.models.conditioning import ClassEmbedder, private_rows
 from dpldm_dist.models.denoiser import Denoiser
-from dpldm_dist.models.directory import LoadedModel
+from dpldm_dist.models.directory import LoadedModel, load_unet
 from dpldm_dist.models.latent_gaussian import LatentGaussian
 from dpldm_dist.models.trainable import select_trainable, verify_all_learn
+from dpldm_dist.models.unet import unet_blocks
 from dpldm_dist.models.warmup import balanced_grad_scale, fit_to_gaussian
 from dpldm_dist.privacy import statistics
 from dpldm_dist.privacy.blocks import BLOCK
@@ -32,6 +34,7 @@ from dpldm_dist.privacy.randomness import commitment, derive_key
 from dpldm_dist.privacy.sampling import Lanes
 from dpldm_dist.privacy.statistics import LatentStatistics
 from dpldm_dist.runtime.rundir import RunDir, fsync_file, fsync_folder
+from dpldm_dist.runtime.strategy import shard_frozen, shards_frozen, whole_weights
 from dpldm_dist.runtime.tracking import Progress
 from dpldm_dist.runtime.worker import Worker, arithmetic
 from dpldm_dist.stages.mechanism import reservation_of
@@ -191,8 +194,9 @@ def trainable_model(
 ) -> tuple[Denoiser, dict[str, nn.Parameter]]:
     """The public UNet with a table of rows for exactly the private classes, and what will train.
 
+    With ``run.strategy = "fsdp"`` the frozen weights of the UNet are divided over the workers.
     Raises: DataError if model and latents do not belong together; PrivacyError if a parameter
-    could not learn.
+    could not learn; ConfigError if weights are to be divided and none is frozen.
     """
     channels = latents.latent_shape[0]
     if channels != public.unet.config.in_channels:
@@ -200,14 +204,15 @@ def trainable_model(
             f"The private latents have {channels} channels, the public model takes "
             f"{public.unet.config.in_channels}: encode with the autoencoder of {public.folder}."
         )
-    rows_NTD = private_rows(public.rows_NTD, classes=len(latents.classes), kind=public.kind)
-    denoiser = Denoiser(public.unet, ClassEmbedder(rows_NTD, kind=public.kind)).to(worker.device)
-    parameters = select_trainable(
-        denoiser,
-        trainable=config.finetune.trainable,
-        first_block=config.finetune.first_block,
-        lora_rank=config.finetune.lora_rank,
-    )
+    denoiser, parameters = _public_start(config, public, latents)
+    learning = parameters.values()
+    if shards_frozen(config.run, worker):
+        for parameter in learning:  # whole on the device; the rest goes there piece by piece
+            parameter.data = parameter.data.to(worker.device)
+        denoiser.embedder.to(worker.device)
+    else:
+        denoiser.to(worker.device)
+    shard_frozen(denoiser.unet, unet_blocks(denoiser.unet), learning, run=config.run, worker=worker)
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(16, *latents.latent_shape, generator=generator)
     condition: Tensor = torch.arange(16) % max(1, len(latents.classes))
@@ -220,6 +225,41 @@ def trainable_model(
         condition=condition.to(worker.device),
     )
     return denoiser, parameters
+
+
+def _public_start(
+    config: Config, public: LoadedModel, latents: LatentShards
+) -> tuple[Denoiser, dict[str, nn.Parameter]]:
+    rows_NTD = private_rows(public.rows_NTD, classes=len(latents.classes), kind=public.kind)
+    denoiser = Denoiser(public.unet, ClassEmbedder(rows_NTD, kind=public.kind))
+    parameters = select_trainable(
+        denoiser,
+        trainable=config.finetune.trainable,
+        first_block=config.finetune.first_block,
+        lora_rank=config.finetune.lora_rank,
+    )
+    return denoiser, parameters
+
+
+@torch.no_grad()
+def whole_unet(
+    config: Config, public: LoadedModel, denoiser: Denoiser, latents: LatentShards, worker: Worker
+) -> nn.Module:
+    """The UNet of ``denoiser`` as it is now, on the CPU, whole on worker 0. All workers take part.
+
+    Divided weights are gathered one by one into a UNet that worker 0 reads from the public model.
+    """
+    if not shards_frozen(config.run, worker):
+        return denoiser.unet.cpu()
+    unet = denoiser.unet
+    if worker.rank == 0:
+        again = replace(public, unet=load_unet(public.folder / "unet"))
+        unet = _public_start(config, again, latents)[0].unet
+    places = dict(unet.named_parameters())
+    for name, value in whole_weights(denoiser.unet):
+        if worker.rank == 0:
+            places[name].copy_(value)
+    return unet
 
 
 def release_statistics(
@@ -318,6 +358,9 @@ def prepare_model(
             spread=settings.time_spread,
             parts=config.privacy.lanes,
             my_parts=range(worker.rank, config.privacy.lanes, worker.world_size),
+            passes=-(-config.privacy.lanes // worker.world_size)
+            if shards_frozen(config.run, worker)
+            else 0,
             sum_=worker.collective.sum_,
             tick=lambda step: progress.advance(step + 1),
         )

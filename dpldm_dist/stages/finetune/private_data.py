@@ -27,6 +27,7 @@ from dpldm_dist.privacy.plan import PrivacyPlan
 from dpldm_dist.privacy.randomness import KEY_BYTES
 from dpldm_dist.privacy.sampling import Lanes, PoissonSampling, Selection
 from dpldm_dist.privacy.selfcheck import RecordTally
+from dpldm_dist.runtime.strategy import shards_frozen
 from dpldm_dist.runtime.worker import Worker
 from dpldm_dist.stages.mechanism import record_bound, telemetry_query
 
@@ -64,6 +65,9 @@ class PrivateData:
     Formal guarantees: which records take part, and what each of them draws, depends on the key, the
     attempt, the step and the record alone. A record's rows depend on no other record. Whether
     microbatches are prepared ahead changes no bit of them, and takes part in no collective.
+    Where frozen weights are divided over the workers, all workers get equally many parts: the
+    further ones hold nobody, so they add exact zeros to a sum, without any rounding, and the bound
+    on what a record moves it by, which counts the microbatches that hold records, stays as it is.
     """
 
     def __init__(
@@ -106,22 +110,42 @@ class PrivateData:
                 self._ahead = None
 
     def microbatches(self, step: int) -> Iterator[Part]:
-        """This worker's part of the batch of ``step``; nothing when no record of it was drawn.
+        """This worker's part of the batch of ``step``; nothing when no record of it was drawn, or
+        parts without records while another worker has more.
 
         Every worker asks for all of its parts: at their end the workers agree that each record that
         was drawn was handed out exactly once. Raises: PrivacyError otherwise.
         """
         waiting = self._prepared(step) if self._ahead is None else self._ahead.of_step(step)
+        mine: list[tuple[int, Selection]] = []
         for lane in self._lanes.of_worker(self._worker.rank, self._worker.world_size):
             drawn = self._lanes.select(self._sampling, step, lane)  # here too, to compare
             self._tally.drawn(lane, drawn.ids)
-            for chosen in self._lanes.split(drawn):
-                found = next(waiting, None)
-                _require_prepared_for(found, step, chosen)
-                yield found.part.to(self._worker.device)
-                self._tally.processed(lane, chosen.ids)  # the loop is done with it
+            mine += [(lane, chosen) for chosen in self._lanes.split(drawn)]
+        passes = self._passes(len(mine))
+        for lane, chosen in mine:
+            found = next(waiting, None)
+            _require_prepared_for(found, step, chosen)
+            yield found.part.to(self._worker.device)
+            self._tally.processed(lane, chosen.ids)  # the loop is done with it
         _require_prepared_for(next(waiting, None), step, None)
+        for _ in range(passes - len(mine)):
+            yield self._empty_part()
         self._tally.settle()
+
+    def _passes(self, parts: int) -> int:
+        """How many passes a worker with ``parts`` microbatches makes: as many as any other, if all
+        need equally many."""
+        if not shards_frozen(self._config.run, self._worker):
+            return parts
+        most = torch.tensor([parts], dtype=torch.int64, device=self._worker.device)
+        self._worker.collective.max_(most)
+        return int(most)
+
+    def _empty_part(self) -> Part:
+        """A microbatch without records: zeros, all of it padding."""
+        like = self._made_up(range(1))
+        return Part(*(torch.zeros_like(getattr(like, field.name)) for field in fields(like)))
 
     def _prepared(self, step: int) -> Iterator[_Prepared]:
         """All microbatches of this worker in ``step``, in order, on the CPU."""

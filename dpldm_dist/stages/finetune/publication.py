@@ -13,7 +13,7 @@ from dpldm_dist.privacy.ledger import PrivacyLedger, SharedLedger, read_ledger
 from dpldm_dist.privacy.plan import PrivacyPlan
 from dpldm_dist.runtime.rundir import RunDir, dataset_dir
 from dpldm_dist.runtime.worker import Worker
-from dpldm_dist.stages.finetune.preparation import reservation, unsafe_switches
+from dpldm_dist.stages.finetune.preparation import reservation, unsafe_switches, whole_unet
 from dpldm_dist.stages.finetune.state import TrainingState, settings_of
 from dpldm_dist.stages.mechanism import plan_of
 
@@ -36,11 +36,12 @@ def publish(
     """
     state.ema.copy_to()
     facts = _facts(config, plan, latents, state, ledger)
+    unet = whole_unet(config, public, state.denoiser, latents, worker)
     if worker.rank == 0:
         clear_partials(run.release)
         save_model(
             run.released_model,
-            unet=state.denoiser.unet.cpu(),
+            unet=unet,
             autoencoder=public.autoencoder,
             diffusion=public.diffusion,
             rows_NTD=state.denoiser.embedder.rows(),
