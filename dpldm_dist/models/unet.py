@@ -56,7 +56,7 @@ def build_unet(
 
 
 def unet_blocks(unet: UNet2DConditionModel) -> list[nn.Module]:
-    """The input, middle and output blocks: nearly all weights, used one block after the other."""
+    """Input, middle and output blocks, in the order of a pass: nearly all weights are theirs."""
     middle = [] if unet.mid_block is None else [unet.mid_block]
     return [*unet.down_blocks, *middle, *unet.up_blocks]
 

@@ -8,12 +8,14 @@ the private sum a second time, and outside the noise mechanism.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -192,19 +194,21 @@ def shards_frozen(run: RunConfig, worker: Worker) -> bool:
 
 def shard_frozen(
     model: nn.Module,
-    pieces: Iterable[nn.Module],
+    blocks: Sequence[nn.Module],
     parameters: Iterable[nn.Parameter],
     *,
     run: RunConfig,
     worker: Worker,
 ) -> None:
     """In place: divide all weights of ``model`` but ``parameters`` over the workers, if the run
-    does. A pass gathers those of one of ``pieces`` (modules of ``model``) at a time, and the rest.
+    does.
 
-    The weights are divided on the device of the worker, piece after piece: it never holds them all.
+    ``blocks``: modules of ``model`` that run one after the other. A pass gathers the weights of one
+    at a time (FSDP fetches the next one meanwhile), on the way forward and on the way back, and
+    those of no block throughout. Weights go to the device of the worker block after block.
 
     Formal guarantees: ``parameters`` stay what they are, whole on every worker, and their gradients
-    go through no collective. Results of a pass have the bits of the whole model.
+    go through no collective. Losses and gradients have the bits of the whole model.
     Raises: ConfigError if nothing is frozen.
     """
     if run.strategy != "fsdp":
@@ -218,8 +222,51 @@ def shard_frozen(
     if not shards_frozen(run, worker):
         return
     mesh = init_device_mesh(worker.device.type, (worker.world_size,))
-    for module in (*pieces, model):
+    for module in (*blocks, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=learning)
+        module.register_forward_pre_hook(_hide, prepend=True, with_kwargs=True)
+        module.register_forward_pre_hook(_show, with_kwargs=True)
+    for block, later in pairwise(blocks):
+        block.register_forward_hook(partial(_let_go_on_the_way_back, later))
+
+
+class _Hidden:
+    """Inputs of a module that FSDP passes on untouched.
+
+    It would put a node of its own before all inputs, to notice the end of a backward pass. There
+    the gradients of an input that is read twice are added before those from other modules: another
+    order than without FSDP, so other bits.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.args = args
+        self.kwargs = kwargs
+
+
+def _hide(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return (_Hidden(args, kwargs),), {}
+
+
+def _show(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return args[0].args, args[0].kwargs
+
+
+def _let_go_on_the_way_back(
+    later: FSDPModule, module: nn.Module, args: tuple[Any, ...], output: Any
+) -> None:
+    """When the gradient comes to ``output``, the block after it is done: autograd goes through
+    operations in the reverse of their order."""
+    for tensor in _tensors(output):
+        if tensor.requires_grad:
+            tensor.register_hook(lambda grad: later.reshard())
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    for value in output if isinstance(output, (tuple, list)) else (output,):
+        if isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+        elif isinstance(value, Tensor):
+            yield value
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ from dpldm_dist.config import Config, parse_config
 from dpldm_dist.data.latents import LatentShards
 from dpldm_dist.errors import ConfigError
 from dpldm_dist.models.directory import load_model
-from dpldm_dist.models.unet import unet_blocks
 from dpldm_dist.privacy.collective import Collective
 from dpldm_dist.privacy.selfcheck import FrozenState
 from dpldm_dist.runtime.rundir import RunDir

@@ -207,12 +207,13 @@ def trainable_model(
     denoiser, parameters = _public_start(config, public, latents)
     learning = parameters.values()
     if shards_frozen(config.run, worker):
-        for parameter in learning:  # whole on the device; the rest goes there piece by piece
+        for parameter in learning:  # the others go there block by block
             parameter.data = parameter.data.to(worker.device)
         denoiser.embedder.to(worker.device)
     else:
         denoiser.to(worker.device)
-    shard_frozen(denoiser.unet, unet_blocks(denoiser.unet), learning, run=config.run, worker=worker)
+    blocks = unet_blocks(denoiser.unet)
+    shard_frozen(denoiser.unet, blocks, learning, run=config.run, worker=worker)
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(16, *latents.latent_shape, generator=generator)
     condition: Tensor = torch.arange(16) % max(1, len(latents.classes))
