@@ -42,7 +42,7 @@ data = {{ size = 16 }}
 autoencoder = {{ block_channels = [8, 8, 8] }}
 model = {{ block_channels = [8], heads = 2, context_dim = 32, norm_groups = 4 }}
 privacy = {{ epsilon = 8.0, delta = 1e-5, clip_norm = 0.5, lanes = 2 }}
-audit = {{ canaries = 128, steps = 12, selection_steps = 32 }}
+audit = {{ canaries = 128, steps = 12, selection_steps = 64 }}
 run = {{ dir = "{dir}", device = "cpu", threads = 1 }}
 
 [finetune]
@@ -257,7 +257,7 @@ def test_the_command_prints_a_verdict_and_leaves_only_its_report(tmp_path, capsy
     assert main(["audit", *arguments(tmp_path)]) == 0
     printed = capsys.readouterr()
     shown = printed.out
-    assert "audit: selection 32/32" in printed.err
+    assert "audit: selection 64/64" in printed.err
     assert "pure noise" not in printed.err  # no advice about made-up data
     assert "PASS" in shown and "FAIL" not in shown
     assert "claim   epsilon" in shown and "proved  epsilon >=" in shown
@@ -303,7 +303,7 @@ def test_the_dry_run_says_what_would_run_and_touches_nothing(tmp_path, capsys):
     shown = capsys.readouterr().out
     for said in (
         "128 made-up canaries",
-        "1 + 12 + 4 + 4 + 32 steps",
+        "1 + 12 + 4 + 4 + 64 steps",
         "epsilon 3.0",
         "takes   about",
     ):

@@ -37,7 +37,7 @@ def machine(rates: Rates, *, faulty: float = 0.0) -> dict[Setting, Measured]:
             noise_s=rates.noise_s * PARAMETERS,
             message_s=2 * rates.hop_s * max(1.0, 2 / rates.cores),
             by_worker=tuple(
-                (rates.once_s * (rank == 0) + 3 * rates.microbatch_s, 3.0)
+                (_busy_s(rates, setting) + rates.once_s * (rank == 0), 3.0)
                 for rank in range(setting.workers)
             ),
             exchange_s=_exchange_s(rates, setting),
@@ -45,6 +45,13 @@ def machine(rates: Rates, *, faulty: float = 0.0) -> dict[Setting, Measured]:
         extra_s = faulty * (setting.workers - 1) ** 2
         found[setting] = replace(run, step_s=predict(rates, run, SHARES).total_s + extra_s)
     return found
+
+
+def _busy_s(rates: Rates, setting: Setting) -> float:
+    """Seconds of a processor of a worker with three microbatches."""
+    noise_s = rates.noise_s * PARAMETERS / setting.workers
+    sent = bytes_sent(PARAMETERS, setting.workers)
+    return 3 * rates.microbatch_s + noise_s + rates.step_s + rates.byte_s * sent
 
 
 def _exchange_s(rates: Rates, setting: Setting) -> float:

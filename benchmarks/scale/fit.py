@@ -23,15 +23,17 @@ def fit(found: dict[Setting, Measured], *, cores: int) -> Rates:
     """Rates from ``FIT`` alone.
 
     Two batches on one process give the cost of a microbatch and the rest of a step. Noise and, on
-    two processes, messages and bytes are timed by themselves. What the first of two processes uses
-    of processors beyond the second is done once (ledger, progress); every worker does the rest.
+    two processes, messages are timed by themselves. What the first of two processes uses of
+    processors beyond the second is done once (ledger, progress); what the second uses beyond
+    microbatches, noise and the rest is what it takes to exchange its bytes.
     """
     small, one, two = (found[setting] for setting in (SMALL, FITTED, TWO))
-    crowd = max(1.0, two.setting.workers / cores)
     each_s = (one.step_s - small.step_s) / (one.total - small.total)
     rest_s = max(0.0, one.step_s - one.total * each_s - one.noise_s)
     first_s, second_s = (cpu_s - load * each_s for cpu_s, load in two.by_worker)
     once_s = min(rest_s, max(0.0, first_s - second_s))
+    exchange_s = max(0.0, second_s - two.noise_s / 2 - (rest_s - once_s))
+    crowd = max(1.0, two.setting.workers / cores)
     return Rates(
         row_s=0.0,
         microbatch_s=each_s,
@@ -39,7 +41,7 @@ def fit(found: dict[Setting, Measured], *, cores: int) -> Rates:
         step_s=rest_s - once_s,
         once_s=once_s,
         hop_s=two.message_s / 2 / crowd,  # an all-reduce of two is two messages
-        byte_s=two.exchange_s / bytes_sent(two.parameters, two.setting.workers) / crowd,
+        byte_s=exchange_s / bytes_sent(two.parameters, two.setting.workers),
         cores=float(cores),
     )
 

@@ -165,7 +165,7 @@ def _models() -> Iterator[tuple[str, Config]]:
     """The paper's models by their networks, as our configs describe them."""
     yield "MNIST", load_config(ROOT / "configs" / "mnist.toml")
     cifar = load_config(ROOT / "configs" / "cifar10.toml")
-    yield "CIFAR-10, 90 M", cifar
+    yield "CIFAR-10, 119 M", cifar
     large = {
         "block_channels": (192, 384, 576, 960),
         "layers_per_block": 2,
@@ -174,7 +174,7 @@ def _models() -> Iterator[tuple[str, Config]]:
         "norm_groups": 32,
     }
     yield (
-        "CelebA-HQ 256, 400 M",
+        "CelebA-HQ 256, 406 M",
         with_changes(
             cifar,
             data={"size": 256},

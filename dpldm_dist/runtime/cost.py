@@ -112,12 +112,13 @@ def step_time(rates: Rates, work: Work, workers: int, load: Load | None = None) 
     load = load or expected_load(work, workers)
     crowd = max(1.0, workers / rates.cores)
     one_s = rates.microbatch_s + rates.row_s * work.microbatch * work.draws
-    even_s = load.total * one_s / min(workers, rates.cores)
+    cores = min(workers, rates.cores)
+    others = (load.total - load.most) / max(1, workers - 1)
     sent = bytes_sent(work.parameters, workers)
     wire_s = sent * max(rates.byte_s * crowd, rates.link_byte_s)
     return StepTime(
-        gradients_s=even_s,
-        waiting_s=max(0.0, load.most * one_s - even_s),
+        gradients_s=load.total * one_s / cores,
+        waiting_s=max(0.0, load.most - others) * (1 - 1 / cores) * one_s,
         noise_s=rates.noise_s * work.parameters / workers * crowd,
         coordinates_s=rates.coordinate_s * work.parameters / workers * crowd,
         wire_s=wire_s + 2 * (workers - 1) * rates.hop_s * crowd,
