@@ -399,8 +399,8 @@ class RunConfig(_Section):
     threads: int | None = Field(None, ge=1)
     """CPU threads of a worker. None: the cores divided by the workers."""
     strategy: Literal["ddp", "deepspeed", "fsdp"] = "ddp"
-    """How workers hold model and optimizer: whole replicas, or DeepSpeed's ZeRO. "fsdp" is refused,
-    with the reason."""
+    """How workers hold model and optimizer: whole replicas, DeepSpeed's ZeRO, or, in private
+    training, frozen weights divided over the workers ("fsdp")."""
     update: Literal["auto", "whole", "sharded"] = "auto"
     """Who updates parameters from a private step: every worker all of them, or each its own slice,
     with the optimizer's state of that slice only. "auto": slices where they save time. Never

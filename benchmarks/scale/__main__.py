@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.scale import data, encoding, page
+from benchmarks.scale import data, encoding, frozen, page
 from benchmarks.scale.fit import FIT, HELD_OUT, SETTINGS, errors, fit, shares_of_link
 from benchmarks.scale.measure import Measured, Setting, as_json, from_json, measure
 from benchmarks.scale.tiny import make_inputs
@@ -28,7 +28,7 @@ WITHIN = 0.15
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
-    parts = ("data", "encode", "steps", "page")
+    parts = ("data", "encode", "frozen", "steps", "page")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to do")
     parser.add_argument(
         "--repeats", type=int, default=3, help="runs of each setting; the best counts"
@@ -46,6 +46,9 @@ def main() -> int:
         _keep(results)
     if "encode" in options.parts:
         results["encode"] = encoding.throughput()
+        _keep(results)
+    if "frozen" in options.parts:
+        results["frozen"] = frozen.divided()
         _keep(results)
     if "steps" in options.parts:
         results |= _steps(options.repeats, options.clock)

@@ -52,6 +52,8 @@ def tables(results: dict[str, Any], *, clusters: bool = True) -> Iterator[tuple[
         yield "records", list(_records(results["data"]))
     if "encode" in results:
         yield "encode", list(_encode(results["encode"]))
+    if "frozen" in results:
+        yield "frozen", list(_frozen(results["frozen"]))
     if clusters:
         yield "gpus", list(_gpus())
 
@@ -156,6 +158,21 @@ def _encode(found: list[dict[str, Any]]) -> list[str]:
         for row in found
     ]
     return _table(["workers", "images", "s", "images/s"], rows)
+
+
+def _frozen(found: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        [
+            f"{row['workers']}",
+            name,
+            f"{row[f'{name}_held'] / 1e6:.0f}",
+            f"{row[f'{name}_most'] / 1e6:.0f}",
+            f"{row[f'{name}_s']:.2f}",
+        ]
+        for row in found
+        for name in ("whole", "divided")
+    ]
+    return _table(["workers", "weights", "MB held", "most MB in a pass", "s per pass"], rows)
 
 
 # --- clusters -------------------------------------------------------------------------------------

@@ -8,15 +8,10 @@ the private sum a second time, and outside the noise mechanism.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dpldm_dist.config import RunConfig
@@ -184,96 +179,6 @@ def refuse_for_private_training(run: RunConfig) -> None:
         from dpldm_dist.runtime import strategy_deepspeed
 
         strategy_deepspeed.refuse_for_private_training(run.deepspeed)
-
-
-def shards_frozen(run: RunConfig, worker: Worker) -> bool:
-    """Whether each worker holds a shard of the frozen weights only. Then all workers must make
-    equally many passes through the model: each pass gathers the weights from everybody."""
-    return run.strategy == "fsdp" and worker.world_size > 1
-
-
-def shard_frozen(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    parameters: Iterable[nn.Parameter],
-    *,
-    run: RunConfig,
-    worker: Worker,
-) -> None:
-    """In place: divide all weights of ``model`` but ``parameters`` over the workers, if the run
-    does.
-
-    ``blocks``: modules of ``model`` that run one after the other. A pass gathers the weights of one
-    at a time (FSDP fetches the next one meanwhile), on the way forward and on the way back, and
-    those of no block throughout. Weights go to the device of the worker block after block.
-
-    Formal guarantees: ``parameters`` stay what they are, whole on every worker, and their gradients
-    go through no collective. Losses and gradients have the bits of the whole model.
-    Raises: ConfigError if nothing is frozen.
-    """
-    if run.strategy != "fsdp":
-        return
-    learning = set(parameters)
-    if all(parameter in learning for parameter in model.parameters()):
-        raise ConfigError(
-            "run.strategy = fsdp divides frozen weights, and all weights are trainable: expected "
-            "some that are frozen. Set run.strategy=ddp, or another finetune.trainable."
-        )
-    if not shards_frozen(run, worker):
-        return
-    mesh = init_device_mesh(worker.device.type, (worker.world_size,))
-    for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=learning)
-        module.register_forward_pre_hook(_hide, prepend=True, with_kwargs=True)
-        module.register_forward_pre_hook(_show, with_kwargs=True)
-    for block, later in pairwise(blocks):
-        block.register_forward_hook(partial(_let_go_on_the_way_back, later))
-
-
-class _Hidden:
-    """Inputs of a module that FSDP passes on untouched.
-
-    It would put a node of its own before all inputs, to notice the end of a backward pass. There
-    the gradients of an input that is read twice are added before those from other modules: another
-    order than without FSDP, so other bits.
-    """
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        self.args = args
-        self.kwargs = kwargs
-
-
-def _hide(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    return (_Hidden(args, kwargs),), {}
-
-
-def _show(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    return args[0].args, args[0].kwargs
-
-
-def _let_go_on_the_way_back(
-    later: FSDPModule, module: nn.Module, args: tuple[Any, ...], output: Any
-) -> None:
-    """When the gradient comes to ``output``, the block after it is done: autograd goes through
-    operations in the reverse of their order."""
-    for tensor in _tensors(output):
-        if tensor.requires_grad:
-            tensor.register_hook(lambda grad: later.reshard())
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    for value in output if isinstance(output, (tuple, list)) else (output,):
-        if isinstance(value, (tuple, list)):
-            yield from _tensors(value)
-        elif isinstance(value, Tensor):
-            yield value
-
-
-@torch.no_grad()
-def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each parameter, whole, one after the other. Every worker takes part."""
-    for name, parameter in model.named_parameters():
-        yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def private_update(

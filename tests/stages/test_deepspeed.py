@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from dpldm_dist.config import Config, parse_config, with_changes
+from dpldm_dist.config import Config, parse_config
 from dpldm_dist.errors import ConfigError, PrivacyError
 from dpldm_dist.privacy.collective import Collective
 from dpldm_dist.privacy.optimizer import DistributedDPOptimizer
@@ -23,7 +23,6 @@ from dpldm_dist.runtime.collective import SoloCollective
 from dpldm_dist.runtime.launch import Job, launch
 from dpldm_dist.runtime.rundir import RunDir
 from dpldm_dist.runtime.strategy import private_update
-from dpldm_dist.runtime.strategy import public_model as hold_publicly
 from dpldm_dist.runtime.worker import Worker, solo_worker
 from dpldm_dist.stages.finetune import describe, finetune
 from dpldm_dist.stages.finetune.selfchecks import plain_descent
@@ -167,14 +166,6 @@ def test_what_could_change_a_finished_gradient_is_refused_before_anything_is_rea
         with pytest.raises(ConfigError, match=reason):
             stage(config)
     assert not list(tmp_path.iterdir())
-
-
-def test_fsdp_is_refused_with_the_reason(tmp_path):
-    config = with_changes(private(tmp_path, "fsdp"), run={"strategy": "fsdp"})
-    with pytest.raises(ConfigError, match="equally many"):
-        finetune(config, solo_worker())
-    with pytest.raises(ConfigError, match="zero_stage=3"):
-        hold_publicly(torch.nn.Linear(1, 1), weight_decay=0.0, run=config.run, worker=solo_worker())
 
 
 def test_an_optimizer_that_compresses_is_refused():

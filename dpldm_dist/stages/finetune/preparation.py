@@ -34,7 +34,7 @@ from dpldm_dist.privacy.randomness import commitment, derive_key
 from dpldm_dist.privacy.sampling import Lanes
 from dpldm_dist.privacy.statistics import LatentStatistics
 from dpldm_dist.runtime.rundir import RunDir, fsync_file, fsync_folder
-from dpldm_dist.runtime.strategy import shard_frozen, shards_frozen, whole_weights
+from dpldm_dist.runtime.strategy_fsdp import shard_frozen, shards_frozen, whole_weights
 from dpldm_dist.runtime.tracking import Progress
 from dpldm_dist.runtime.worker import Worker, arithmetic
 from dpldm_dist.stages.mechanism import reservation_of
@@ -196,7 +196,7 @@ def trainable_model(
 
     With ``run.strategy = "fsdp"`` the frozen weights of the UNet are divided over the workers.
     Raises: DataError if model and latents do not belong together; PrivacyError if a parameter
-    could not learn; ConfigError if weights are to be divided and none is frozen.
+    could not learn.
     """
     channels = latents.latent_shape[0]
     if channels != public.unet.config.in_channels:

@@ -27,7 +27,7 @@ from dpldm_dist.privacy.plan import PrivacyPlan
 from dpldm_dist.privacy.randomness import KEY_BYTES
 from dpldm_dist.privacy.sampling import Lanes, PoissonSampling, Selection
 from dpldm_dist.privacy.selfcheck import RecordTally
-from dpldm_dist.runtime.strategy import shards_frozen
+from dpldm_dist.runtime.strategy_fsdp import shards_frozen
 from dpldm_dist.runtime.worker import Worker
 from dpldm_dist.stages.mechanism import record_bound, telemetry_query
 
