@@ -1,7 +1,7 @@
 """What a worker holds of a frozen network that all workers divide, and what a pass then costs.
 
-Each row is a group of real processes: first all hold the whole network of configs/cifar10.toml, then
-they divide it. A pass is forward, backward and the gradient of the attention projections.
+Each row is a group of real processes: all hold the network of configs/cifar10.toml whole, and once
+more divided. A pass is forward, backward and the gradient of the attention projections.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -128,22 +128,19 @@ def test_workers_with_divided_weights_release_the_bits_of_one_with_whole_weights
         assert same_bits(root, f"alone-{name}", f"{name}-{workers}"), name
 
 
-def one_way_then_the_other(collective: Collective, begun: Config, whole: Config) -> list[str]:
+def one_way_then_the_other(collective: Collective, begun: Config, whole: Config) -> None:
     """Begin with divided weights; then go on with divided weights where whole ones began."""
-    with stopped_after(6):
-        try:
-            run_all(collective, begun)
-        except InterruptedError:
-            pass
+    with stopped_after(6), suppress(InterruptedError):
+        run_all(collective, begun)
     run_all(collective, whole)
-    return []
 
 
 def test_a_run_goes_on_with_divided_weights_after_whole_ones_and_the_other_way(root, alone):
     with stopped_after(6), pytest.raises(InterruptedError):
         run_alone(private(root, "whole-first", strategy="ddp"))
     divided_first = private(root, "divided-first")
-    on_workers(2, one_way_then_the_other, divided_first, private(root, "whole-first"))
+    whole_first = private(root, "whole-first")
+    assert on_workers(2, one_way_then_the_other, divided_first, whole_first) == [None] * 2
     run_alone(private(root, "divided-first", strategy="ddp"))
     for name in ("whole-first", "divided-first"):
         assert same_bits(root, "alone-attention", name), name
