@@ -22,7 +22,7 @@ from dpldm_dist.errors import DataError, PrivacyError
 from dpldm_dist.privacy import chain
 from dpldm_dist.runtime import checkpoint
 from tests.fuzz.kinds import KINDS
-from tests.fuzz.trial import HANG, RAN_CODE, REFUSED, SILENT, TRACEBACK, UNCLEAR, run
+from tests.fuzz.trial import HANG, IDENTICAL, RAN_CODE, SILENT, TRACEBACK, UNCLEAR, run
 
 SEEDS = ("a", "b", "c", secrets.token_hex(4))  # the last one is another one every time
 CASES = 100  # of each kind and seed: 2,400 in all
@@ -45,7 +45,7 @@ def test_damage_is_refused_in_one_line_or_changes_nothing(name, seed, capsys):
     tally = run(KINDS[name], seed, range(CASES))
     assert tally.faults == []
     assert tally.controls >= 3 and tally.cases == CASES
-    assert tally.outcomes[REFUSED] > CASES / 20  # the damage is damage
+    assert tally.outcomes[IDENTICAL] < 0.6 * CASES  # the damage is damage
 
 
 # --- the harness itself: planted bugs of every outcome must be seen -----------------------------
