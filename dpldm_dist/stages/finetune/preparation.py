@@ -206,12 +206,12 @@ def trainable_model(
         )
     denoiser, parameters = _public_start(config, public, latents)
     learning = parameters.values()
-    if shards_frozen(config.run, worker):
-        for parameter in learning:  # the others go there block by block
-            parameter.data = parameter.data.to(worker.device)
-        denoiser.embedder.to(worker.device)
-    else:
-        denoiser.to(worker.device)
+    divided = shards_frozen(config.run, worker)  # then the frozen ones go there block by block
+    moved = [*learning, *_tensors(denoiser.embedder)] if divided else _tensors(denoiser)
+    for tensor in moved:
+        # A copy on a CPU, too: products have other bits where weights lie across lines of the
+        # cache, as those of a mapped file do.
+        tensor.data = tensor.data.to(worker.device, copy=True)
     blocks = unet_blocks(denoiser.unet)
     shard_frozen(denoiser.unet, blocks, learning, run=config.run, worker=worker)
     generator = torch.Generator().manual_seed(0)
@@ -226,6 +226,10 @@ def trainable_model(
         condition=condition.to(worker.device),
     )
     return denoiser, parameters
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def _public_start(
