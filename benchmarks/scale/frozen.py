@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from benchmarks.cells import Cell, make_cell
 from benchmarks.clock import in_turns, middle, peak_bytes
 from dpldm_dist.config import RunConfig
-from dpldm_dist.models.unet import unet_blocks
+from dpldm_dist.models.unet import unet_layers
 from dpldm_dist.runtime.collective import SoloCollective
 from dpldm_dist.runtime.strategy_fsdp import shard_frozen
 from dpldm_dist.runtime.worker import Worker
@@ -53,7 +53,7 @@ def _worker(rank: int, workers: int, store: str) -> dict[str, Any]:
     worker = Worker(rank, workers, rank, torch.device("cpu"), SoloCollective())
     unet = parts.denoiser.unet
     run = RunConfig(strategy="fsdp")
-    shard_frozen(unet, unet_blocks(unet), parts.parameters.values(), run=run, worker=worker)
+    shard_frozen(unet, unet_layers(unet), parts.parameters.values(), run=run, worker=worker)
     times = in_turns(
         {"whole": lambda: _pass(whole), "divided": lambda: _pass(parts)},
         turns=_TURNS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -55,10 +56,26 @@ def build_unet(
     return unet.eval()
 
 
-def unet_blocks(unet: UNet2DConditionModel) -> list[nn.Module]:
-    """Input, middle and output blocks, in the order of a pass: nearly all weights are theirs."""
+def unet_layers(unet: UNet2DConditionModel) -> list[nn.Module]:
+    """Residual, attention and resampling layers, in the order of a pass: nearly all weights are
+    theirs."""
     middle = [] if unet.mid_block is None else [unet.mid_block]
-    return [*unet.down_blocks, *middle, *unet.up_blocks]
+    return [
+        layer
+        for block in (*unet.down_blocks, *middle, *unet.up_blocks)
+        for layer in _layers_of(block)
+    ]
+
+
+def _layers_of(block: nn.Module) -> list[nn.Module]:
+    """A residual layer, its attention, the next ...; what changes the size comes last."""
+    attentions = list(getattr(block, "attentions", None) or ())
+    found = []
+    for residual, attention in zip_longest(block.resnets, attentions):
+        found += [residual] if attention is None else [residual, attention]
+    for name in ("downsamplers", "upsamplers"):
+        found += getattr(block, name, None) or ()
+    return found
 
 
 def _check_sizes(

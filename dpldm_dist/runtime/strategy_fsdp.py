@@ -29,7 +29,7 @@ def shards_frozen(run: RunConfig, worker: Worker) -> bool:
 
 def shard_frozen(
     model: nn.Module,
-    blocks: Sequence[nn.Module],
+    layers: Sequence[nn.Module],
     parameters: Iterable[nn.Parameter],
     *,
     run: RunConfig,
@@ -38,9 +38,9 @@ def shard_frozen(
     """In place: divide all weights of ``model`` but ``parameters`` over the workers, if the run
     does.
 
-    ``blocks``: modules of ``model`` that run one after the other. A pass gathers the weights of one
+    ``layers``: modules of ``model`` that run one after the other. A pass gathers the weights of one
     at a time (FSDP fetches the next one meanwhile), on the way forward and on the way back, and
-    those of no block throughout. Weights go to the device of the worker block after block.
+    those of no layer throughout. Weights go to the device of the worker layer after layer.
 
     Formal guarantees: ``parameters`` stay what they are, whole on every worker, and their gradients
     go through no collective. Losses and gradients have the bits of the whole model.
@@ -49,12 +49,12 @@ def shard_frozen(
         return
     learning = set(parameters)
     mesh = init_device_mesh(worker.device.type, (worker.world_size,))
-    for module in (*blocks, model):
+    for module in (*layers, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=learning)
         module.register_forward_pre_hook(_hide, prepend=True, with_kwargs=True)
         module.register_forward_pre_hook(_show, with_kwargs=True)
-    for block, later in pairwise(blocks):
-        block.register_forward_hook(partial(_let_go_on_the_way_back, later))
+    for layer, later in pairwise(layers):
+        layer.register_forward_hook(partial(_let_go_on_the_way_back, later))
 
 
 class _Hidden:
@@ -81,7 +81,7 @@ def _show(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
 def _let_go_on_the_way_back(
     later: FSDPModule, module: nn.Module, args: tuple[Any, ...], output: Any
 ) -> None:
-    """When the gradient comes to ``output``, the block after it is done: autograd goes through
+    """When the gradient comes to ``output``, the layer after it is done: autograd goes through
     operations in the reverse of their order."""
     for tensor in _tensors(output):
         if tensor.requires_grad:

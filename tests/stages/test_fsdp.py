@@ -19,7 +19,7 @@ from dpldm_dist.data.latents import LatentShards
 from dpldm_dist.errors import ConfigError, PrivacyError
 from dpldm_dist.models.denoiser import Denoiser
 from dpldm_dist.models.directory import load_model
-from dpldm_dist.models.unet import unet_blocks
+from dpldm_dist.models.unet import unet_layers
 from dpldm_dist.privacy.collective import Collective
 from dpldm_dist.privacy.selfcheck import FrozenState
 from dpldm_dist.runtime import strategy_fsdp
@@ -117,14 +117,14 @@ def alone(root):
         run_alone(private(root, f"alone-{trainable}", strategy="ddp", trainable=trainable))
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize(("workers", "sets"), [(2, SETS), (3, ("attention",))])
 def test_workers_with_divided_weights_release_the_bits_of_one_with_whole_weights(
-    root, alone, workers
+    root, alone, workers, sets
 ):
     """With three workers, the third has no lane: its passes are all empty."""
-    runs = [private(root, f"{name}-{workers}", trainable=name) for name in SETS]
+    runs = [private(root, f"{name}-{workers}", trainable=name) for name in sets]
     assert on_workers(workers, run_all, *runs) == [None] * workers
-    for name in SETS:
+    for name in sets:
         assert same_bits(root, f"alone-{name}", f"{name}-{workers}"), name
 
 
@@ -226,17 +226,17 @@ def held(collective: Collective, config: Config) -> dict[str, Any]:
     learning = set(parameters.values())
     frozen = [p for p in denoiser.unet.parameters() if p not in learning]
     largest = sorted(
-        sum(p.numel() for p in block.parameters() if p not in learning)
-        for block in unet_blocks(denoiser.unet)
+        sum(p.numel() for p in layer.parameters() if p not in learning)
+        for layer in unet_layers(denoiser.unet)
     )
-    of_no_block = sum(p.numel() for p in frozen) - sum(largest)
+    of_no_layer = sum(p.numel() for p in frozen) - sum(largest)
     gathered = MostGathered(denoiser.unet, learning)
     with gathered:
         gradients = a_pass(denoiser, parameters)
     return {
         "frozen": sum(p.numel() for p in frozen),
         "held": sum(p.to_local().numel() for p in frozen),
-        "allowed": of_no_block + sum(largest[-2:]),
+        "allowed": of_no_layer + sum(largest[-2:]),
         "most": gathered.most,
         "after": gathered.now(),
         "gradients": gradients,
@@ -244,8 +244,8 @@ def held(collective: Collective, config: Config) -> dict[str, Any]:
     }
 
 
-def test_each_worker_holds_its_share_and_gathers_two_blocks_at_a_time(root):
-    """All weights in output blocks learn but those below, so the way back passes most blocks."""
+def test_each_worker_holds_its_share_and_gathers_two_layers_at_a_time(root):
+    """Attention projections learn everywhere, so the way back passes all layers but the first."""
     config = private(root, "held", trainable="attention")
     found = on_workers(2, held, config)
     denoiser, parameters = made(config, solo_worker())  # one worker: nothing is divided
@@ -259,6 +259,23 @@ def test_each_worker_holds_its_share_and_gathers_two_blocks_at_a_time(root):
         assert each["whole"]
         pairs = zip(each["gradients"], expected, strict=True)
         assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def test_the_layers_are_those_of_a_pass_in_its_order(root):
+    denoiser, parameters = made(private(root, "order"), solo_worker())
+    layers, ran = unet_layers(denoiser.unet), []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, args, output: ran.append(module))
+    a_pass(denoiser, parameters)
+    assert ran == layers
+    inside = {p for layer in layers for p in layer.parameters()}
+    outside = [name for name, p in denoiser.unet.named_parameters() if p not in inside]
+    assert {name.split(".")[0] for name in outside} == {
+        "conv_in",
+        "time_embedding",
+        "conv_norm_out",
+        "conv_out",
+    }
 
 
 def change_a_shard(collective: Collective, config: Config) -> str:

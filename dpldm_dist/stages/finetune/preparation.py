@@ -22,7 +22,7 @@ from dpldm_dist.models.denoiser import Denoiser
 from dpldm_dist.models.directory import LoadedModel, load_unet
 from dpldm_dist.models.latent_gaussian import LatentGaussian
 from dpldm_dist.models.trainable import select_trainable, verify_all_learn
-from dpldm_dist.models.unet import unet_blocks
+from dpldm_dist.models.unet import unet_layers
 from dpldm_dist.models.warmup import balanced_grad_scale, fit_to_gaussian
 from dpldm_dist.privacy import statistics
 from dpldm_dist.privacy.blocks import BLOCK
@@ -206,14 +206,14 @@ def trainable_model(
         )
     denoiser, parameters = _public_start(config, public, latents)
     learning = parameters.values()
-    divided = shards_frozen(config.run, worker)  # then the frozen ones go there block by block
+    divided = shards_frozen(config.run, worker)  # then the frozen ones go there layer by layer
     moved = [*learning, *_tensors(denoiser.embedder)] if divided else _tensors(denoiser)
     for tensor in moved:
         # A copy on a CPU, too: products have other bits where weights lie across lines of the
         # cache, as those of a mapped file do.
         tensor.data = tensor.data.to(worker.device, copy=True)
-    blocks = unet_blocks(denoiser.unet)
-    shard_frozen(denoiser.unet, blocks, learning, run=config.run, worker=worker)
+    layers = unet_layers(denoiser.unet)
+    shard_frozen(denoiser.unet, layers, learning, run=config.run, worker=worker)
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(16, *latents.latent_shape, generator=generator)
     condition: Tensor = torch.arange(16) % max(1, len(latents.classes))
