@@ -1,7 +1,6 @@
 """``dpldm submit`` against a real Ray cluster that asks for a token."""
 
 import os
-import re
 import secrets
 import signal
 import socket
@@ -20,17 +19,18 @@ import torch
 import yaml
 
 from dpldm_dist.config import Config, load_config, parse_config
-from dpldm_dist.errors import BringUpError, ConfigError, PrivacyError
+from dpldm_dist.errors import BringUpError, ConfigError
 from dpldm_dist.privacy.ledger import read_ledger
 from dpldm_dist.runtime import submit_ray
 from dpldm_dist.runtime.rundir import RunDir
+from dpldm_dist.runtime.stopping import stop_file
 from dpldm_dist.runtime.submit_ray import settings_of, submission, submit
 from dpldm_dist.runtime.worker import solo_worker
 from dpldm_dist.stages.finetune import finetune
 from dpldm_dist.stages.submit import describe
 from tests.stages.tiny_run import released_weights
 
-STEPS = 60  # enough that a job can be stopped on its way
+STEPS = 8
 REPOSITORY = Path(__file__).parents[2]
 AT = {"ray_api_address": "http://head:8265", "ray_folder": "/shared"}
 
@@ -132,6 +132,7 @@ class Head:
     address: str
     token: Path
     ports: dict[int, int]  # by their usual number
+    gate: Path  # of tests/gate: holds its jobs at a step
 
     def environment(self, **changes: str) -> dict[str, str]:
         """Of a machine that has the cluster's token, unless it is changed."""
@@ -159,7 +160,7 @@ def head(tmp_path_factory) -> Iterator[Head]:
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     dashboard, *agents = _free_ports(4)
-    ours = Head(f"http://127.0.0.1:{dashboard}", token, {8265: dashboard, 52365: agents[0]})
+    ours = Head(f"http://127.0.0.1:{dashboard}", token, {8265: dashboard, 52365: agents[0]}, folder)
     names = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port")
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2",
@@ -170,6 +171,8 @@ def head(tmp_path_factory) -> Iterator[Head]:
     ]  # fmt: skip
     environment = ours.environment(
         PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # its jobs say "python"
+        PYTHONPATH=f"{REPOSITORY / 'tests/gate'}:{REPOSITORY}",
+        DPLDM_TEST_GATE=str(folder),
         RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",
         RAY_memory_monitor_refresh_ms="0",  # this machine may be full of others
     )
@@ -231,14 +234,18 @@ def test_a_job_is_stopped_saved_submitted_again_and_ends_as_an_unbroken_run(head
     run = RunDir(config.run.dir)
     settings = [word for s in settings_of(config) for word in ("--set", s)]
     settings += ["--set", f"run.ray_folder={REPOSITORY}"]
+    hold = head.gate / "hold"
+    hold.write_text("3")
     first = head.submit("finetune", *settings)
-    _wait_until(lambda: first.poll() is not None or _steps(run) >= 3)
+    _wait_until(lambda: len(list(head.gate.glob("waiting-*"))) == 2 or first.poll() is not None)
     assert first.poll() is None, first.communicate()
     first.send_signal(signal.SIGINT)
+    _wait_until(lambda: stop_file(run).exists() or first.poll() is not None)
+    hold.unlink()
     log, errors = first.communicate(timeout=300)
     assert first.returncode == 75, (log, errors)
-    saved = re.search(rf"(\d+) of {STEPS} noisy steps saved", log)
-    assert saved and "save and stop" in errors and _steps(run) == int(saved[1]) < STEPS
+    assert "save and stop" in errors and f"4 of {STEPS} noisy steps saved" in log, (log, errors)
+    assert read_ledger(run.ledger).steps == 4
 
     again = head.submit("finetune", *settings)
     log, errors = again.communicate(timeout=580)
@@ -252,14 +259,6 @@ def test_a_job_is_stopped_saved_submitted_again_and_ends_as_an_unbroken_run(head
     weights = released_weights(tmp_path, "submitted")
     for name, value in released_weights(tmp_path, "unbroken").items():
         assert torch.equal(weights[name], value), name
-
-
-def _steps(run: RunDir) -> int:
-    """How many steps are charged; of a ledger that is just being begun, or written to: 0."""
-    try:
-        return read_ledger(run.ledger).steps if run.ledger.exists() else 0
-    except PrivacyError:
-        return 0
 
 
 def _wait_until(condition: Callable[[], object]) -> None:

@@ -52,7 +52,7 @@ class TinyJob:
             *("--output", self.folder / "%x-%j.out", *options, f"slurm/{script}.sbatch"),
             *(self.config, *more),
             cwd=ROOT,
-            PYTHONPATH=f"{Path(__file__).parent / 'gate'}:{ROOT}",
+            PYTHONPATH=f"{ROOT / 'tests/gate'}:{ROOT}",
             DPLDM_TEST_GATE=str(self.folder),
             OMP_NUM_THREADS="1",
         )

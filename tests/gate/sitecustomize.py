@@ -1,8 +1,8 @@
 """On the path of test jobs only: holds real fine-tuning at a step, or has a worker fail there.
 
 The folder DPLDM_TEST_GATE may hold a file ``hold`` with the number of a step: every worker waits
-before that step until the file is gone, or the run in ``run`` is asked to stop, and shows in
-``waiting-RANK`` that it does. A file ``fail`` names a step at which the last worker fails.
+before that step until the file is gone, or the run in ``run`` (if it is there) is asked to stop,
+and shows in ``waiting-RANK`` that it does. A file ``fail`` names a step at which the last worker fails.
 """
 
 import importlib.abc
