@@ -51,7 +51,7 @@ def shape_of(name: str) -> Shape:
         model = ModelConfig(block_channels=(16, 16), heads=2, context_dim=16, norm_groups=4)
         return Shape(model, (2, 4, 4), (1, 16), "class", 8, without_output_blocks)
     if name == "small":  # the defaults of the configuration
-        return Shape(ModelConfig(), (4, 4, 4), (1, 64), "class", 128, without_output_blocks)
+        return Shape(ModelConfig(), (4, 4, 4), (1, 64), "class", 256, without_output_blocks)
     if name == "cifar":  # configs/cifar10.toml: 119 M parameters
         model = load_config(CONFIGS / "cifar10.toml").model
         return Shape(model, (3, 16, 16), (1, model.context_dim), "class", 16, TRAINABLES)

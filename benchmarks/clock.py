@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ def in_turns(
 ) -> dict[str, list[Times]]:
     """One untimed pass of each, then ``turns`` rounds A B C A B C ...: what disturbs the machine
     for a while disturbs all of them. ``between`` is called after each pass, untimed."""
+    _keep_pages()
     found: dict[str, list[Times]] = {name: [] for name in runs}
     for turn in range(-1, turns):
         for name, run in runs.items():
@@ -48,6 +50,15 @@ def once(run: Callable[[], object], device: torch.device) -> Times:
     run()
     _wait(device)
     return Times(time.process_time() - cpu, time.perf_counter() - wall)
+
+
+def _keep_pages() -> None:
+    """Freed memory stays with the process: else each method pays for pages that the one before it
+    gave back to the system, most of all the one that follows the largest."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # the C library of Linux has it
+    if mallopt is not None:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-4, 0)  # M_MMAP_MAX
 
 
 def middle(times: list[Times]) -> Times:

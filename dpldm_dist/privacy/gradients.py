@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpldm_dist.errors import PrivacyError
+from dpldm_dist.privacy import blas, patches
 from dpldm_dist.privacy.plan import TELEMETRY_NUMBERS
 from dpldm_dist.privacy.telemetry import TelemetryQuery
 
@@ -43,6 +45,7 @@ _MOST_TOKENS = 4096  # of a record, for layers whose operands enter a contractio
 _LEAST_RATIO = {"float64": 2.0**-8, "float32": 2.0**-3}  # of a norm to its Cauchy bound
 _MOST_UNITS = 2.0**40  # clip_norm in grid units: float64 rounds sums of a microbatch exactly
 _LARGEST_SQUARE = float(torch.finfo(torch.float32).max)
+_COPIED_TOKENS = 1024  # tokens of a layer that lie in the working precision at a time
 _STACKED_NUMBERS = 2**20  # Gram matrices handled by one operation
 
 
@@ -86,11 +89,13 @@ class _Layer:
 
 @dataclass(frozen=True, eq=False)
 class Operands:
-    """What a layer's gradients are made of: ``grad_BTO`` and ``input_BTD`` (embedding: (B, T))."""
+    """What a layer's gradients are made of: ``grad_BTO`` and ``input``, (B, T, D); (B, T) of an
+    embedding; of a convolution that sees through a ``window``, its images (R, C, H, W)."""
 
     layer: _Layer
     input: Tensor
     grad_BTO: Tensor
+    window: patches.Window | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +168,7 @@ class PerRecordGradients:
         watch: Callable[[RawRecords], None] | None = None,
     ):
         _check_numbers(clip_norm=clip_norm, draws=draws, grid=grid)
-        self._model = model
+        self._all = list(model.parameters())
         self._parameters = dict(parameters)
         self._clip_norm = clip_norm
         self._draws = draws
@@ -195,13 +200,14 @@ class PerRecordGradients:
             )
             weighted_sum(terms, factor_B, self._scratch, self._add_rounded)
             if self._telemetry is not None:
-                self._sum_P[-TELEMETRY_NUMBERS:] += self._telemetry.encode(loss_B, factor_B).sum(0)
+                self._part_P[-TELEMETRY_NUMBERS:] += self._telemetry.encode(loss_B, factor_B).sum(0)
             if self._watch is not None:
                 self._watch(RawRecords(loss_B, norms.square_B.sqrt(), factor_B, mask_B))
 
     def take_sum(self) -> Tensor:
         """The sum in units of ``grid``, int64 (P,), or (P + 3,) with telemetry; the next one starts
         from zero."""
+        self._settle()
         taken_P = self._sum_P
         self._begin_sum()
         return taken_P
@@ -237,7 +243,7 @@ class PerRecordGradients:
 
     def _add_rounded(self, place: slice, values: Tensor) -> None:
         """Round to the grid and add: sums of integers do not depend on their order."""
-        self._sum_P[place] += values.mul_(1.0 / self._grid).round_().to(torch.int64)
+        self._part_P[place] += values.mul_(1.0 / self._grid).round_()
 
     def _differentiate(
         self, losses: Callable[[], Tensor], mask_B: Tensor
@@ -245,7 +251,7 @@ class PerRecordGradients:
         """Operands or products of every layer that the losses depend on (backward stops below), and
         the mean loss of each record, float64 (B,)."""
         tape = _Tape(records=len(mask_B), draws=self._draws, device=self._device)
-        with _trainable(self._model, ()), tape.tapping(self._layers):
+        with _trainable(self._all, ()), tape.tapping(self._layers):
             with torch.enable_grad():
                 loss_R = _rows(losses(), tape.rows)
             if not loss_R.requires_grad:
@@ -259,7 +265,7 @@ class PerRecordGradients:
     def _autograd(self, losses: Callable[[], Tensor], mask_B: Tensor) -> Tensor:
         """Gradient of the sum over records by autograd alone, float64 (P,)."""
         learning = list(self._parameters.values())
-        with _trainable(self._model, learning), torch.enable_grad():
+        with _trainable(self._all, learning), torch.enable_grad():
             loss_R = _rows(losses(), len(mask_B) * self._draws)
             seed_R = self._seed(loss_R, mask_B)
             found = torch.autograd.grad(loss_R, learning, seed_R, allow_unused=True)
@@ -275,15 +281,31 @@ class PerRecordGradients:
 
     def _begin_sum(self) -> None:
         extra = 0 if self._telemetry is None else TELEMETRY_NUMBERS
-        self._sum_P, self._records = self._zeros(torch.int64, extra=extra), 0
+        self._part_P = self._zeros(torch.float64, extra=extra)
+        self._sum_P: Tensor | None = None
+        self._records = self._part_records = 0
 
     def _count(self, records: int) -> None:
-        """Refuse what could overflow: every coordinate stays below 2^62 units."""
+        """Refuse what could overflow: every coordinate stays below 2^62 units, and below 2^52 in
+        the float64 part, where sums of integers are exact."""
         self._records += records
-        if self._records * 2.0 * self._clip_norm / self._grid > 2.0**62:
+        if self._most_units(self._records) > 2.0**62:
             raise PrivacyError(
                 "The integer sum could overflow: take a coarser grid or fewer records."
             )
+        if self._part_records and self._most_units(self._part_records + records) > 2.0**52:
+            self._settle()
+        self._part_records += records
+
+    def _most_units(self, records: int) -> float:
+        return records * 2.0 * self._clip_norm / self._grid
+
+    def _settle(self) -> None:
+        """Move the float64 part, whole numbers all, into the int64 sum."""
+        part_P = self._part_P.to(torch.int64)
+        self._sum_P = part_P if self._sum_P is None else self._sum_P.add_(part_P)
+        self._part_P.zero_()
+        self._part_records = 0
 
     def _zeros(self, dtype: torch.dtype, *, extra: int = 0) -> Tensor:
         length = sum(place.stop - place.start for place in self._places.values())
@@ -294,18 +316,19 @@ class PerRecordGradients:
 
 
 def record_norms(terms: Sequence[Operands | Products], mask_B: Tensor) -> RecordNorms:
-    """Joint norms over all layers. Gram forms run in float32, everything else in float64.
+    """Joint norms over all layers. Gram forms run in float32, sums of them in float64.
 
-    |G|^2 = sum_st (g_s . g_t)(a_s . a_t). Each product of two computed dot products is off by at
-    most gamma |g_s| |g_t| |a_s| |a_t|, so the sum is off by at most gamma A^2 with A the Cauchy
-    bound sum_t |g_t| |a_t| and gamma = 1.1 (D + O + 8) 2^-24. Layers that read the same input are
+    |G|^2 = sum_st (g_s . g_t)(a_s . a_t). Each float32 product of two computed dot products is off
+    by at most gamma |g_s| |g_t| |a_s| |a_t|, so the sum is off by at most gamma A^2 with A the
+    Cauchy bound sum_t |g_t| |a_t| and gamma = 1.1 (D + O + 8) 2^-24. Layers that read the same are
     one layer with their outputs side by side; a bias is a weight on a constant input of 1.
     """
     total_3B = torch.zeros(3, len(mask_B), dtype=torch.float64, device=mask_B.device)
     for products in (term for term in terms if isinstance(term, Products)):
-        total_3B += _product_norms(products)
+        total_3B[0] += _product_squares(products)
+    total_3B[2] = total_3B[0]  # the norm of a product is its Cauchy bound
     pending: list[list[Operands]] = []
-    for group in _by_input(terms, biases_apart=True):
+    for group in _by_input(terms):
         if pending and not _stackable(pending, group):
             total_3B += _gram_norms(pending)
             pending = []
@@ -342,14 +365,15 @@ def _gram_norms(groups: Sequence[Sequence[Operands]]) -> Tensor:
         :, None, None
     ]
     gamma_G11 = 1.1 * (length_G11 + 8) * _UNIT
-    grad_GBTT, input_GBTT = grams_2GBTT.double()
+    grad_GBTT, input_GBTT = grams_2GBTT
     # Products below 2^-126 may have been flushed to zero: a floor that gamma makes their bound.
     floor_G11 = length_G11 * 2.0**-126 / gamma_G11
     grad_GBT = grad_GBTT.diagonal(dim1=2, dim2=3) + floor_G11
     input_GBT = input_GBTT.diagonal(dim1=2, dim2=3) + floor_G11
     absolute_square_GB = (grad_GBT * input_GBT).sqrt().sum(2).square()
-    square_B = grad_GBTT.mul_(input_GBTT).sum((0, 2, 3))
+    square_B = grad_GBTT.mul_(input_GBTT).sum((0, 2, 3), dtype=torch.float64)
     slack_B = (gamma_G11[:, :, 0] * absolute_square_GB).sum(0)
+    slack_B += grad_GBTT[:, 0].numel() * 2.0**-126  # of the products just formed, flushed likewise
     return torch.stack([square_B, slack_B, absolute_square_GB.sum(0)])
 
 
@@ -358,23 +382,25 @@ def _grams(group: Sequence[Operands], grad_BTT: Tensor, input_BTT: Tensor) -> in
     returns the length of the sums behind them."""
     first, length = group[0], sum(operands.grad_BTO.shape[2] for operands in group)
     for operands in group:
-        grad_BTO = operands.grad_BTO.float()
-        grad_BTT.baddbmm_(grad_BTO, grad_BTO.mT, beta=0.0 if operands is first else 1.0)
+        blas.gram(operands.grad_BTO.float(), out_BTT=grad_BTT, add=operands is not first)
     if first.layer.kind == "embedding":  # the input is one-hot
         input_BTT.copy_(first.input[:, :, None] == first.input[:, None, :])
         return length
-    input_BTD = first.input.float()
-    torch.bmm(input_BTD, input_BTD.mT, out=input_BTT)
+    if first.window is not None:
+        patches.gram(first.input.float(), first.window, out_BTT=input_BTT)
+        length += first.window.area * first.input.shape[1]
+    else:
+        blas.gram(first.input.float(), out_BTT=input_BTT)
+        length += first.input.shape[2]
     if first.layer.bias is not None:
         input_BTT += 1.0
-    return length + input_BTD.shape[2]
+    return length
 
 
-def _product_norms(products: Products) -> Tensor:
-    """As ``_gram_norms``, of products: their norm is their Cauchy bound."""
+def _product_squares(products: Products) -> Tensor:
+    """Squared norm of each record in one layer, (B,)."""
     parts = [part for part in (products.weight, products.bias) if part is not None]
-    square_B = sum(part.double().square().sum(1) for part in parts)
-    return torch.stack([square_B, torch.zeros_like(square_B), square_B])
+    return sum(torch.linalg.vector_norm(p, dim=1, dtype=torch.float64).square() for p in parts)
 
 
 def _stackable(pending: Sequence[Sequence[Operands]], group: Sequence[Operands]) -> bool:
@@ -403,73 +429,106 @@ def weighted_sum(
         layer = products.layer
         for place, part in ((layer.weight, products.weight), (layer.bias, products.bias)):
             if part is not None:
-                emit(place, factor_B @ part.double().index_fill_(0, out_B, 0.0))
+                emit(place, factor_B @ _fill(part.double(), out_B))
     for group in _by_input(terms):
         if group[0].layer.kind == "embedding":
             _emit_rows(group[0], factor_B, out_B, emit)
+        elif group[0].window is not None and scratch.dtype == torch.float64:
+            for operands in group:
+                _emit_patches(operands, factor_B, scratch, emit)
         else:
-            _emit_contractions(group, factor_B, out_B, scratch, emit)
+            _emit_contractions(group, factor_B, scratch, emit)
 
 
-def contract(grad_NO: Tensor, input_ND: Tensor, scratch: _Scratch) -> Tensor:
-    """grad^T input, float64 (O * D,). Float32 operands are summed in float32 over chunks of at most
-    64 tokens, and in float64 from there."""
-    tokens, out_width, width = *grad_NO.shape, input_ND.shape[1]
-    out_OD = scratch.take("out", (out_width, width), torch.float64)
-    if grad_NO.dtype == torch.float32:
-        chunks, rest = divmod(tokens, _CHUNK)
-        sums_COD = scratch.take("chunks", (chunks + (rest > 0), out_width, width), torch.float32)
-        grad_CNO, input_CND = (
-            x[: tokens - rest].unflatten(0, (-1, _CHUNK)) for x in (grad_NO, input_ND)
-        )
-        torch.bmm(grad_CNO.mT, input_CND, out=sums_COD[:chunks])
-        if rest:
-            torch.mm(grad_NO[-rest:].T, input_ND[-rest:], out=sums_COD[-1])
-        torch.sum(sums_COD, 0, dtype=torch.float64, out=out_OD)
-    elif out_width <= width:
-        torch.mm(grad_NO.T, input_ND, out=out_OD)
-    else:  # the same product the other way round, which BLAS libraries do faster
-        swapped_DO = scratch.take("swapped", (width, out_width), torch.float64)
-        out_OD.copy_(torch.mm(input_ND.T, grad_NO, out=swapped_DO).T)
-    return out_OD.flatten()
+def contract(
+    grad_NO: Tensor, input_ND: Tensor, out_OD: Tensor, scratch: _Scratch, *, add: bool
+) -> None:
+    """out = grad^T input, or out += it, in float64. Float32 operands are summed in float32 over
+    chunks of at most 64 tokens, and in float64 from there."""
+    if grad_NO.dtype != torch.float32:
+        blas.product(grad_NO, input_ND, out_OD=out_OD, add=add)
+        return
+    chunks, rest = divmod(len(grad_NO), _CHUNK)
+    sums_COD = scratch.take("chunks", (chunks + (rest > 0), *out_OD.shape), torch.float32)
+    grad_CNO, input_CND = (
+        x[: chunks * _CHUNK].unflatten(0, (-1, _CHUNK)) for x in (grad_NO, input_ND)
+    )
+    torch.bmm(grad_CNO.mT, input_CND, out=sums_COD[:chunks])
+    if rest:
+        torch.mm(grad_NO[-rest:].T, input_ND[-rest:], out=sums_COD[-1])
+    sum_OD = torch.sum(sums_COD, 0, dtype=torch.float64)
+    out_OD.add_(sum_OD) if add else out_OD.copy_(sum_OD)
 
 
 def _emit_contractions(
     group: Sequence[Operands],
     factor_B: Tensor,
-    out_B: Tensor,
     scratch: _Scratch,
     emit: Callable[[slice, Tensor], None],
 ) -> None:
-    input_BTD = scratch.without("input", group[0].input, out_B)
-    for operands in group:
-        grad_BTO = scratch.scaled("grad", operands.grad_BTO, factor_B).index_fill_(0, out_B, 0.0)
-        layer, grad_NO = operands.layer, grad_BTO.flatten(0, 1)
-        if layer.bias is not None:
-            emit(layer.bias, contract(grad_NO, torch.ones_like(grad_NO[:, :1]), scratch))
-        if layer.weight is not None:
-            emit(layer.weight, contract(grad_NO, input_BTD.flatten(0, 1), scratch))
+    """One product for all layers that read the same input, their outputs side by side; over some
+    records after the other, so that copies in the working precision stay small."""
+    first, widths = group[0], [operands.grad_BTO.shape[2] for operands in group]
+    seen = first.input if first.window is None else patches.tokens(first.input, first.window)
+    records, tokens, width = seen.shape
+    swapped = sum(widths) > width  # the larger width last: BLAS libraries do that faster
+    shape = (width, sum(widths)) if swapped else (sum(widths), width)
+    out = scratch.take("out", shape, torch.float64)
+    bias_O = out.new_zeros(sum(widths)) if first.layer.bias is not None else None
+    step = max(1, _COPIED_TOKENS // tokens)
+    for start in range(0, records, step):
+        chunk = slice(start, start + step)
+        factor_b11 = factor_B[chunk, None, None].to(scratch.dtype)
+        out_b = (factor_b11 == 0).flatten().nonzero().flatten()
+        input_bTD = scratch.copy("input", seen[chunk])
+        grad_bTO = scratch.take("grad", (*input_bTD.shape[:2], sum(widths)), scratch.dtype)
+        for operands, columns_bTO in zip(group, grad_bTO.split(widths, 2), strict=True):
+            columns_bTO.copy_(operands.grad_BTO[chunk])
+        _fill(grad_bTO.mul_(factor_b11), out_b)
+        pair = grad_bTO.flatten(0, 1), _fill(input_bTD, out_b).flatten(0, 1)
+        contract(*(reversed(pair) if swapped else pair), out, scratch, add=start > 0)
+        if bias_O is not None:
+            bias_O += pair[0].sum(0, dtype=torch.float64)
+    if swapped:
+        out = scratch.take("swapped", (sum(widths), width), torch.float64).copy_(out.T)
+    for position, (operands, sum_OD) in enumerate(zip(group, out.split(widths), strict=True)):
+        if bias_O is not None:
+            emit(operands.layer.bias, bias_O.split(widths)[position])
+        emit(operands.layer.weight, sum_OD.flatten())
+
+
+def _emit_patches(
+    operands: Operands,
+    factor_B: Tensor,
+    scratch: _Scratch,
+    emit: Callable[[slice, Tensor], None],
+) -> None:
+    layer = operands.layer
+    weight_OCA, bias_O = patches.weighted_sum(
+        operands.input, operands.grad_BTO, factor_B, operands.window, scratch.take
+    )
+    if layer.bias is not None:
+        emit(layer.bias, bias_O)
+    emit(layer.weight, weight_OCA.flatten())
 
 
 def _emit_rows(
     operands: Operands, factor_B: Tensor, out_B: Tensor, emit: Callable[[slice, Tensor], None]
 ) -> None:
     """An embedding's sum: every token's gradient goes to its row of the table."""
-    grad_BTO = operands.grad_BTO.double().mul_(factor_B[:, None, None]).index_fill_(0, out_B, 0.0)
+    grad_BTO = _fill(operands.grad_BTO.double().mul_(factor_B[:, None, None]), out_B)
     table_NO = torch.zeros_like(operands.layer.module.weight, dtype=torch.float64)
     table_NO.index_add_(0, operands.input.flatten(), grad_BTO.flatten(0, 1))
     emit(operands.layer.weight, table_NO.flatten())
 
 
-def _by_input(
-    terms: Sequence[Operands | Products], *, biases_apart: bool = False
-) -> list[list[Operands]]:
+def _by_input(terms: Sequence[Operands | Products]) -> list[list[Operands]]:
     """Operands grouped by the tensor that their layers read, and by whether they have a bias."""
     groups: dict[Any, list[Operands]] = {}
     for operands in (term for term in terms if isinstance(term, Operands)):
         tensor = operands.input
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        groups.setdefault((key, biases_apart and operands.layer.bias is None), []).append(operands)
+        groups.setdefault((key, operands.layer.bias is None), []).append(operands)
     return list(groups.values())
 
 
@@ -479,7 +538,7 @@ class _Scratch:
     ``dtype`` is that of the operands of contractions."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = device
         self._space: dict[tuple[str, torch.dtype], Tensor] = {}
 
@@ -492,20 +551,13 @@ class _Scratch:
         return space[:length].view(*shape)
 
     def copy(self, name: str, tensor: Tensor) -> Tensor:
-        return self.take(name, tensor.shape, self._dtype).copy_(tensor)
+        """``tensor`` in the working precision."""
+        return self.take(name, tensor.shape, self.dtype).copy_(tensor)
 
-    def scaled(self, name: str, tensor: Tensor, factor_B: Tensor) -> Tensor:
-        """``tensor`` in the working precision, each record times its factor."""
-        factor_B11 = factor_B.to(self._dtype)[:, None, None]
-        if tensor.dtype != self._dtype:
-            return self.copy(name, tensor).mul_(factor_B11)
-        return torch.mul(tensor, factor_B11, out=self.take(name, tensor.shape, self._dtype))
 
-    def without(self, name: str, tensor: Tensor, out_B: Tensor) -> Tensor:
-        """``tensor`` in the working precision with zeros in the records ``out_B``."""
-        if tensor.dtype == self._dtype and len(out_B) == 0:
-            return tensor
-        return self.copy(name, tensor).index_fill_(0, out_B, 0.0)
+def _fill(tensor: Tensor, out_B: Tensor) -> Tensor:
+    """Zeros in the records ``out_B``, in place."""
+    return tensor.index_fill_(0, out_B, 0.0) if len(out_B) else tensor
 
 
 # --- what a layer keeps ---------------------------------------------------------------------------
@@ -531,12 +583,17 @@ class _Tape:
             for hook in hooks:
                 hook.remove()
 
-    def record(self, layer: _Layer, seen: Tensor, grad: Tensor) -> None:
-        """Called by backward with a layer's input and its output's gradient."""
+    def _record(self, layer: _Layer, seen: Tensor, version: int, grad: Tensor) -> None:
+        """Called by backward with the gradient of a layer's output; ``seen`` is its input."""
         if layer.name in self._seen:
             raise PrivacyError(
                 f"Module {layer.name} ran more than once in a forward pass: expected once. Freeze "
                 "it, or give each use its own module."
+            )
+        if seen._version != version:
+            raise PrivacyError(
+                f"The input of module {layer.name} was modified in place after the module had read "
+                "it: expected it unchanged until the backward pass."
             )
         self._seen.add(layer.name)
         self.terms.append(keep(layer, seen, grad, draws=self._draws))
@@ -551,28 +608,24 @@ class _Tape:
                 )
             if seen.is_floating_point() and seen.dtype != output.dtype:
                 seen = seen.to(output.dtype)  # what the layer computed with under autocast
-            return _Tap.apply(output, seen, self._anchor, self, layer)
+            if not output.requires_grad:
+                output = _Root.apply(output, self._anchor)
+            output.register_hook(partial(self._record, layer, seen, seen._version))
+            return output
 
         return tap
 
 
-class _Tap(torch.autograd.Function):
-    """The identity, which shows the tape what passes by on the way back."""
+class _Root(torch.autograd.Function):
+    """The identity, from which a backward pass can start though nothing before it learns."""
 
     @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, seen: Tensor, anchor: Tensor, tape: _Tape, layer: _Layer
-    ) -> Tensor:
-        ctx.save_for_backward(seen)  # also notices when it was overwritten since
-        ctx.tape, ctx.layer = tape, layer
+    def forward(ctx: Any, output: Tensor, anchor: Tensor) -> Tensor:
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        (seen,) = ctx.saved_tensors
-        ctx.tape.record(ctx.layer, seen, grad)
-        below = grad if ctx.needs_input_grad[0] else None  # nothing to differentiate further down
-        return below, None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def keep(layer: _Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Operands | Products:
@@ -585,38 +638,28 @@ def keep(layer: _Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Operands |
         return _norm_products(layer, seen, grad, draws=draws)
     if layer.kind == "embedding":
         return _embedding_operands(layer, seen, grad, draws=draws)
+    window = patches.window_of(layer.module, draws) if layer.kind == "conv" else None
     if layer.kind == "conv":
-        input_BTD = _conv_tokens(layer.module, seen, draws=draws)
         grad_BTO = _fold(grad.flatten(2).mT, draws)
+        kept = seen if window is not None else _fold(seen.flatten(2).mT, draws)
     else:
-        input_BTD, grad_BTO = _fold(seen, draws), _fold(grad, draws)
+        grad_BTO, kept = _fold(grad, draws), _fold(seen, draws)
     if layer.weight is None:
         return Products(layer, None, grad_BTO.float().sum(1))
-    tokens, width, out_width = *input_BTD.shape[1:], grad_BTO.shape[2]
-    if width * out_width > tokens * (width + out_width) and tokens <= _MOST_TOKENS:
-        return Operands(layer, input_BTD, grad_BTO)
+    tokens, out_width = grad_BTO.shape[1:]
+    width = kept.shape[2] if window is None else kept.shape[1]  # a pixel is read where it lies
+    weights = layer.module.weight.numel()
+    if weights > tokens * (width + out_width) and tokens <= _MOST_TOKENS:
+        return Operands(layer, kept, grad_BTO, window)
     with _plain_arithmetic(grad.device):
-        weight_BP = torch.bmm(grad_BTO.float().mT, input_BTD.float()).flatten(1)
+        input_BTD = kept if window is None else patches.tokens(kept, window)
+        weight_BP = blas.products(grad_BTO.float(), input_BTD.float()).flatten(1)
     return Products(layer, weight_BP, None if layer.bias is None else grad_BTO.float().sum(1))
 
 
 def _fold(tensor: Tensor, draws: int) -> Tensor:
     """(R, ..., D) -> (B, T, D): a record's draws become tokens."""
     return tensor.reshape(len(tensor) // draws, -1, tensor.shape[-1])
-
-
-def _conv_tokens(module: nn.Module, seen: Tensor, *, draws: int) -> Tensor:
-    """Patches that each place of the output sees, (B, T, channels * kernel area)."""
-    if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding == (0, 0):
-        return _fold(seen.flatten(2).mT, draws)
-    patches_RDT = F.unfold(
-        seen,
-        module.kernel_size,
-        dilation=module.dilation,
-        padding=module.padding,
-        stride=module.stride,
-    )
-    return _fold(patches_RDT.mT, draws)
 
 
 def _norm_products(layer: _Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Products:
@@ -752,23 +795,29 @@ def _rows(loss_R: Tensor, rows: int) -> Tensor:
 
 
 @contextmanager
-def _trainable(model: nn.Module, learning: Sequence[nn.Parameter]) -> Iterator[None]:
+def _trainable(
+    parameters: Sequence[nn.Parameter], learning: Sequence[nn.Parameter]
+) -> Iterator[None]:
     """Within it exactly ``learning`` requires gradients; afterwards all is as before."""
     chosen = {id(parameter) for parameter in learning}
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    changed = [p for p in parameters if p.requires_grad != (id(p) in chosen)]
     try:
-        for parameter, _ in before:
-            parameter.requires_grad_(id(parameter) in chosen)
+        for parameter in changed:
+            parameter.requires_grad_(not parameter.requires_grad)
         yield
     finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
+        for parameter in changed:
+            parameter.requires_grad_(not parameter.requires_grad)
 
 
 @contextmanager
 def _plain_arithmetic(device: torch.device) -> Iterator[None]:
     """No autocast, and float32 products that are float32 (no TF32, no bf16)."""
     before = torch.get_float32_matmul_precision()
+    if before == "highest" and not torch.is_autocast_enabled(device.type):
+        with torch.no_grad():
+            yield
+        return
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from dpldm_dist.errors import PrivacyError
-from dpldm_dist.privacy import gradients
+from dpldm_dist.privacy import gradients, patches
 from dpldm_dist.privacy.gradients import PerRecordGradients, accumulation_error
 
 FINE = 2.0**-30  # grid that rounds far below float32
@@ -804,7 +804,7 @@ def test_an_input_that_was_overwritten_is_noticed():
         inputs.zero_()
         return _losses(out)
 
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(PrivacyError, match="modified in place"):
         found.add(losses, everyone(2))
 
 
@@ -897,7 +897,9 @@ def plant_coarse_operands(patch) -> None:
     patch.setattr(
         gradients,
         "contract",
-        lambda g, a, scratch: original(g.bfloat16().to(g.dtype), a.bfloat16().to(a.dtype), scratch),
+        lambda g, a, *rest, **k: original(
+            g.bfloat16().to(g.dtype), a.bfloat16().to(a.dtype), *rest, **k
+        ),
     )
 
 
@@ -915,7 +917,43 @@ def plant_no_error_bound(patch) -> None:
     patch.setattr(gradients, "clip_factors", bug)
 
 
+def plant_windows_one_pixel_off(patch) -> None:
+    original = patches.Window.slices
+    patch.setattr(
+        patches.Window,
+        "slices",
+        lambda self, *args: [
+            slice(max(0, s.start - 1), s.stop - (s.start > 0), s.step)
+            for s in original(self, *args)
+        ],
+    )
+
+
+def plant_norm_of_half_a_window(patch) -> None:
+    original = patches._places
+    patch.setattr(patches, "_places", lambda *args: list(original(*args))[::2])
+
+
+def check_convolution() -> None:
+    model = KINDS["3x3 convolution"]()
+    x = model.rows(3)
+    assert relative(record_gradients(model, x), oracle_gradients(model, x)) < 1e-5
+
+
+def check_norm_of_convolution() -> None:
+    model = KINDS["3x3 convolution"]()
+    x = model.rows(3)
+    terms, _ = engine(model)._differentiate(lambda: _losses(model(x)), everyone(3))
+    found_B = gradients.record_norms(terms, everyone(3)).square_B.sqrt()
+    assert relative(found_B, oracle_gradients(model, x).norm(dim=1)) < 1e-5
+
+
 MUTANTS = {
+    "windows one pixel off": (plant_windows_one_pixel_off, lambda patch: check_convolution()),
+    "norm of half a window": (
+        plant_norm_of_half_a_window,
+        lambda patch: check_norm_of_convolution(),
+    ),
     "clipping by layer": (plant_clipping_by_layer, lambda patch: check_joint_norm()),
     "NaN kept": (
         plant_kept_nan,
