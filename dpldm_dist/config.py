@@ -407,9 +407,10 @@ class RunConfig(_Section):
     changes the result (strategy "ddp")."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     """Settings of strategy "deepspeed"."""
-    microbatch: int = Field(64, ge=2)
+    microbatch: Annotated[int, Field(ge=2)] | Literal["auto"] = 64
     """Records in one forward pass of the private training: never changes the result beyond the
-    stated bound."""
+    stated bound. "auto": the largest power of two that the devices hold and a lane can fill,
+    measured on made-up records by the first start and kept in public/microbatch.json."""
     prefetch: int = Field(4, ge=0)
     """Microbatches that a worker makes ready in the background while it computes: never changes the
     result. 0: none."""

@@ -31,7 +31,7 @@ from dpldm_dist.models.unet import build_unet
 from dpldm_dist.privacy.sampling import dyadic_rate
 from dpldm_dist.runtime.rundir import RunDir
 from dpldm_dist.stages.finetune.preparation import public_model_dir
-from dpldm_dist.stages.mechanism import plan_of
+from dpldm_dist.stages.mechanism import microbatch_of, plan_of
 
 DELTA = 1e-5  # of the claim
 RATE = 0.25  # of the audited run
@@ -227,7 +227,7 @@ def _leg_config(
     }
     tree["run"] |= {
         "dir": str(folder / "runs" / name),
-        "microbatch": min(config.run.microbatch, max(4, math.ceil(batch / config.privacy.lanes))),
+        "microbatch": min(microbatch_of(config), max(4, math.ceil(batch / config.privacy.lanes))),
         "checkpoint_every": 1,
         "checkpoint_keep": steps + 2,
         "unsafe_test_key": None,

@@ -20,6 +20,7 @@ import torch
 
 from dpldm_dist.config import RunConfig
 from dpldm_dist.errors import ConfigError, PrivacyError, RunError
+from dpldm_dist.runtime.memory import free_memory
 from dpldm_dist.runtime.rundir import RunDir
 from dpldm_dist.runtime.slurm_job import Allocation
 from dpldm_dist.runtime.worker import Worker, cores
@@ -60,16 +61,6 @@ def software() -> str:
         f"dpldm_dist {importlib.metadata.version('dpldm_dist')}, Python "
         f"{platform.python_version()}, torch {torch.__version__}"
     )
-
-
-def free_memory() -> int:
-    """Bytes that this machine could give to a new program (Linux: the page cache included)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return found[0] if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def allocation_here() -> Allocation | None:

@@ -81,6 +81,11 @@ class RunDir:
         return self.public / "model"
 
     @property
+    def microbatch(self) -> Path:
+        """What ``run.microbatch = "auto"`` was settled to, and from which measurement."""
+        return self.public / "microbatch.json"
+
+    @property
     def gaussian(self) -> Path:
         """The released class means and covariance of the private latents, where there are any."""
         return self.release / "gaussian.safetensors"

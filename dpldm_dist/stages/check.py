@@ -21,10 +21,10 @@ import torch
 from dpldm_dist.config import Config, RunConfig
 from dpldm_dist.errors import ConfigError, DpldmError, RunError
 from dpldm_dist.runtime.launch import Job, launch
+from dpldm_dist.runtime.memory import free_memory
 from dpldm_dist.runtime.probes import (
     PROBE_BYTES,
     allocation_here,
-    free_memory,
     probe,
     seconds,
     software,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 from dpldm_dist.config import Config
 from dpldm_dist.data.manifest import Manifest
 from dpldm_dist.data.records import IMAGE
-from dpldm_dist.errors import ConfigError, PrivacyError
+from dpldm_dist.errors import ConfigError, PrivacyError, RunError
 from dpldm_dist.privacy.dataset_ledger import Request, Reservation, reservation_for
 from dpldm_dist.privacy.gradients import accumulation_error
 from dpldm_dist.privacy.plan import ContributionBound, PrivacyPlan, contribution_bound, make_plan
 from dpldm_dist.privacy.telemetry import TelemetryQuery
-from dpldm_dist.runtime.rundir import dataset_budget_file
+from dpldm_dist.runtime.rundir import RunDir, dataset_budget_file
+
+_UNSETTLED = 64  # records of a microbatch
 
 
 def require_sections(config: Config) -> None:
@@ -63,8 +66,32 @@ def plan_of(config: Config, *, records: int) -> PrivacyPlan:
         telemetry_share=config.privacy.telemetry_share,
         unit=config.data.unit,
         lanes=config.privacy.lanes,
-        microbatch=config.run.microbatch,
+        microbatch=microbatch_of(config),
     )
+
+
+def microbatch_of(config: Config) -> int:
+    """Records of a microbatch. "auto" that no start has settled yet is taken for 64."""
+    if config.run.microbatch != "auto":
+        return config.run.microbatch
+    return recorded_microbatch(RunDir(config.run.dir)) or _UNSETTLED
+
+
+def recorded_microbatch(run: RunDir) -> int | None:
+    """What the first start settled. Raises: RunError if its file is damaged."""
+    try:
+        found = json.loads(run.microbatch.read_text())["microbatch"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    if type(found) is not int or found < 2:
+        raise RunError(
+            f"{run.microbatch} is damaged: expected a number of records. Set run.microbatch to "
+            "that number, or remove the file to have it measured again (another number opens a "
+            "new attempt, whose steps are charged)."
+        )
+    return found
 
 
 def request_of(plan: PrivacyPlan) -> Request:

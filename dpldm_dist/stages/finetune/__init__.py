@@ -25,6 +25,7 @@ from dpldm_dist.runtime.strategy import refuse_for_private_training
 from dpldm_dist.runtime.tracking import Progress, Tracker
 from dpldm_dist.runtime.worker import Worker
 from dpldm_dist.stages.finetune.diagnostics import Diagnostics
+from dpldm_dist.stages.finetune.microbatch import with_settled_microbatch
 from dpldm_dist.stages.finetune.preparation import (
     attempt_key,
     declared_records,
@@ -78,6 +79,7 @@ def finetune(config: Config, worker: Worker) -> Manifest:
         run.run_key(config.run.unsafe_test_key) if worker.rank == 0 else None
     )
     refuse_different_workers(plan, latents, worker)
+    plan = with_settled_microbatch(config, plan, run, latents, worker)
     denoiser, parameters = trainable_model(config, public, latents, worker)
     refuse_lost_ledger(run)
     worker.collective.barrier()  # all have looked before anybody writes

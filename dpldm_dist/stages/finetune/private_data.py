@@ -197,6 +197,11 @@ class PrivateData:
         engine.verify(self.losses(denoiser, part), part.mask_B)
         return engine
 
+    def try_out(self, denoiser: Denoiser, parameters: Mapping[str, nn.Parameter]) -> None:
+        """The self-test of the engine and one pass, on made-up records: for measurements."""
+        part = self._made_up(range(self._plan.microbatch))
+        self.gradients(denoiser, parameters).add(self.losses(denoiser, part), part.mask_B)
+
     def _draws(self, key: bytes, ids: np.ndarray, step: int) -> RecordDraws:
         return record_draws(
             key,
