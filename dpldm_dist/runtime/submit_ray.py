@@ -29,6 +29,7 @@ from dpldm_dist.errors import BringUpError, ConfigError, DpldmError
 _ADDRESS = "RAY_API_SERVER_ADDRESS"
 _NOT_SENT = {"ray_api_address", "ray_folder", "submit_wait", "launcher", "ray_address"}
 _TEARDOWN_S = 20  # that a job has after its grace, before Ray ends it
+_LOOK_EVERY_S = 0.1  # whether somebody interrupts while a log is read
 _ASK_EVERY_S = 1.0
 _ENDED = "dpldm job: exit code"  # how the last line of a job's log begins
 _TAIL_CHARACTERS = 4000
@@ -101,8 +102,9 @@ def submit(job: Submission, *, stage: str, wait: bool, patience_s: float) -> Non
     _say(f"Job {number} at {job.address}. To stop it from elsewhere: ray job stop {number}")
     if not wait:
         return
-    followed = _Followed(client, number, job.address, patience_s)
-    with _terminated_as_interrupted():
+    interrupts = _Interrupts()
+    followed = _Followed(client, number, job.address, patience_s, interrupts)
+    with interrupts.caught():
         try:
             followed.to_its_end()
         except KeyboardInterrupt:
@@ -114,9 +116,11 @@ def submit(job: Submission, *, stage: str, wait: bool, patience_s: float) -> Non
 class _Followed:
     """A job whose log is printed here."""
 
-    def __init__(self, client: Any, number: str, address: str, patience_s: float):
+    def __init__(
+        self, client: Any, number: str, address: str, patience_s: float, interrupts: _Interrupts
+    ):
         self._client, self._number, self._address = client, number, address
-        self._patience_s = patience_s
+        self._patience_s, self._interrupts = patience_s, interrupts
         self._shown = 0  # characters of the log
         self._tail = ""
         self._info: Any = None
@@ -129,7 +133,7 @@ class _Followed:
         """Print the log until the job has ended. Raises: BringUpError if the cluster is gone."""
         heard = time.monotonic()
         while True:
-            with suppress(Exception):  # the connection breaks, or there is no log yet
+            with self._interrupts.kept(), suppress(Exception):  # no connection, or no log yet
                 asyncio.run(self._print_log())
             try:
                 self._info = self._client.get_job_info(self._number)
@@ -163,6 +167,13 @@ class _Followed:
         return int(said[-1]) if said else None
 
     async def _print_log(self) -> None:
+        printing = asyncio.ensure_future(self._print_all())
+        while not (printing.done() or self._interrupts.waiting):
+            await asyncio.wait({printing}, timeout=_LOOK_EVERY_S)
+        printing.cancel()
+        await asyncio.gather(printing, return_exceptions=True)
+
+    async def _print_all(self) -> None:
         seen = 0
         async for text in self._client.tail_job_logs(self._number):
             seen += len(text)
@@ -262,13 +273,40 @@ def _error(code: int, number: str) -> DpldmError:
     return error
 
 
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+class _Interrupts:
+    """Ctrl-C and SIGTERM, of which none may be lost: what a connection does when its task is
+    cancelled is not ours, so while a log is read they wait until it has been left."""
+
+    def __init__(self) -> None:
+        self.waiting = False
+        self._keeping = False
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Within, both raise KeyboardInterrupt."""
+        before = {n: signal.signal(n, self._got) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Within, they only set ``waiting``; what waits is raised at the end."""
+        self._keeping = True
+        try:
+            yield
+        finally:
+            self._keeping = False
+        if self.waiting:
+            self.waiting = False
+            raise KeyboardInterrupt
+
+    def _got(self, number: int, frame: Any) -> None:
+        if not self._keeping:
+            raise KeyboardInterrupt
+        self.waiting = True
 
 
 def _say(text: str) -> None:

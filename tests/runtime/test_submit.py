@@ -1,5 +1,6 @@
 """``dpldm submit`` against a real Ray cluster that asks for a token."""
 
+import asyncio
 import os
 import secrets
 import signal
@@ -10,8 +11,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import finetune_for_tests as tiny
 import pytest
@@ -19,7 +22,7 @@ import torch
 import yaml
 
 from dpldm_dist.config import Config, load_config, parse_config
-from dpldm_dist.errors import BringUpError, ConfigError
+from dpldm_dist.errors import BringUpError, ConfigError, DpldmError
 from dpldm_dist.privacy.ledger import read_ledger
 from dpldm_dist.runtime import submit_ray
 from dpldm_dist.runtime.rundir import RunDir
@@ -122,6 +125,54 @@ def test_a_cluster_that_has_just_started_is_asked_again_and_any_other_refusal_is
     with pytest.raises(BringUpError, match=r"disk full\)"):
         submit_ray._send(other, job, "job-3", 60.0)
     assert other.asked == 1
+
+
+class _Deaf:
+    """A job whose log ends as if by itself when its reader is cancelled, and which ends when it is
+    asked to. ``interrupts`` are sent to this process while the log is read."""
+
+    def __init__(self, interrupts: list[int]):
+        self._interrupts, self.stops = interrupts, 0
+
+    def submit_job(self, *, submission_id: str, **_: object) -> str:
+        return submission_id
+
+    async def tail_job_logs(self, number: str):
+        yield "a line\n"
+        if self._interrupts:
+            os.kill(os.getpid(), self._interrupts.pop(0))
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
+
+    def get_job_info(self, number: str):
+        ended = self.stops > 0 and not self._interrupts
+        status = SimpleNamespace(is_terminal=lambda: ended, value="STOPPED")
+        return SimpleNamespace(status=status, driver_exit_code=75, message="")
+
+    def get_job_logs(self, number: str) -> str:
+        return "a line\n"
+
+    def stop_job(self, number: str) -> None:
+        self.stops += 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_no_interrupt_is_lost_while_a_log_is_read(number, monkeypatch):
+    deaf = _Deaf([number])
+    monkeypatch.setattr(submit_ray, "_client", lambda address: deaf)
+    before = signal.getsignal(number)
+    with pytest.raises(DpldmError) as ended:
+        submit(submission(config_of({}), "report"), stage="report", wait=True, patience_s=1.0)
+    assert deaf.stops == 1 and ended.value.exit_code == 75
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_leaves_the_job_to_itself(monkeypatch):
+    deaf = _Deaf([signal.SIGINT, signal.SIGINT])
+    monkeypatch.setattr(submit_ray, "_client", lambda address: deaf)
+    with pytest.raises(KeyboardInterrupt):
+        submit(submission(config_of({}), "report"), stage="report", wait=True, patience_s=1.0)
+    assert deaf.stops == 1
 
 
 # --- a real cluster -------------------------------------------------------------------------------
