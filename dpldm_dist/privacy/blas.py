@@ -40,7 +40,7 @@ def product(left_NO: Tensor, right_ND: Tensor, *, out_OD: Tensor, add: bool = Fa
     """out = left^T right, or out += left^T right; all float64, rows contiguous."""
     library = _openblas()
     tensors = (left_NO, right_ND, out_OD)
-    if library is None or not all(_has_rows(t, torch.float64) for t in tensors):
+    if library is None or not all(_has_rows(t) for t in tensors):
         out_OD.addmm_(left_NO.T, right_ND, beta=float(add))
         return
     tokens, height, width = len(left_NO), *out_OD.shape
@@ -56,40 +56,31 @@ def product(left_NO: Tensor, right_ND: Tensor, *, out_OD: Tensor, add: bool = Fa
 
 def gram(rows_BTD: Tensor, *, out_BTT: Tensor, add: bool = False) -> None:
     """out = rows rows^T of every record, or out += it; float32."""
-    library = _openblas()
-    order = None if library is None else _order(rows_BTD)
-    if order is None or not (out_BTT.is_contiguous() and out_BTT.dtype == torch.float32):
-        out_BTT.baddbmm_(rows_BTD, rows_BTD.mT, beta=float(add))
-        return
-    records, tokens, width = rows_BTD.shape
-    if out_BTT.shape != (records, tokens, tokens):
-        raise ValueError(f"Gram matrices of {tuple(rows_BTD.shape)} in {tuple(out_BTT.shape)}.")
-    _use_threads(library)
-    first, second, row_stride = order
-    operand = (rows_BTD.data_ptr(), row_stride, rows_BTD.stride(0))
-    library.scipy_cblas_sgemm_batch_strided64_(
-        *(_ROWS, first, second, tokens, tokens, width),
-        *(1.0, *operand, *operand, float(add)),
-        *(out_BTT.data_ptr(), tokens, tokens * tokens, records),
-    )
+    products(rows_BTD.mT, rows_BTD.mT, out_BOD=out_BTT, add=add)
 
 
-def products(left_BTO: Tensor, right_BTD: Tensor) -> Tensor:
-    """left^T right of every record, float32 (B, O, D)."""
-    library = _openblas()
-    orders = None if library is None else (_order(left_BTO), _order(right_BTD))
-    if orders is None or None in orders or left_BTO.shape[:2] != right_BTD.shape[:2]:
-        return torch.bmm(left_BTO.mT, right_BTD)
+def products(
+    left_BTO: Tensor, right_BTD: Tensor, *, out_BOD: Tensor | None = None, add: bool = False
+) -> Tensor:
+    """left^T right of every record, float32 (B, O, D): in ``out``, or added to it, or new."""
     records, tokens, height = left_BTO.shape
     width = right_BTD.shape[2]
-    out_BOD = left_BTO.new_empty(records, height, width)
+    if out_BOD is None:
+        out_BOD = left_BTO.new_empty(records, height, width)
+    library = _openblas()
+    orders = None if library is None else (_order(left_BTO), _order(right_BTD))
+    if orders is None or None in orders or not _is_whole(out_BOD):
+        return out_BOD.baddbmm_(left_BTO.mT, right_BTD, beta=float(add))
+    if right_BTD.shape[:2] != (records, tokens) or out_BOD.shape != (records, height, width):
+        shapes = [tuple(tensor.shape) for tensor in (left_BTO, right_BTD, out_BOD)]
+        raise ValueError(f"Products of {shapes}: sizes do not match.")
     _use_threads(library)
     (_, left_order, left_stride), (right_order, _, right_stride) = orders
     library.scipy_cblas_sgemm_batch_strided64_(
         *(_ROWS, left_order, right_order, height, width, tokens),
         *(1.0, left_BTO.data_ptr(), left_stride, left_BTO.stride(0)),
         *(right_BTD.data_ptr(), right_stride, right_BTD.stride(0)),
-        *(0.0, out_BOD.data_ptr(), width, height * width, records),
+        *(float(add), out_BOD.data_ptr(), width, height * width, records),
     )
     return out_BOD
 
@@ -107,10 +98,14 @@ def _order(rows_BTD: Tensor) -> tuple[int, int, int] | None:
     return None
 
 
-def _has_rows(tensor: Tensor, dtype: torch.dtype) -> bool:
+def _is_whole(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.dtype == torch.float32
+
+
+def _has_rows(tensor: Tensor) -> bool:
     return (
         tensor.device.type == "cpu"
-        and tensor.dtype == dtype
+        and tensor.dtype == torch.float64
         and tensor.stride(1) == 1
         and tensor.stride(0) >= tensor.shape[1]
         and tensor.numel() > 0

@@ -168,7 +168,7 @@ class PerRecordGradients:
         watch: Callable[[RawRecords], None] | None = None,
     ):
         _check_numbers(clip_norm=clip_norm, draws=draws, grid=grid)
-        self._all = list(model.parameters())
+        self._of_model = list(model.parameters())
         self._parameters = dict(parameters)
         self._clip_norm = clip_norm
         self._draws = draws
@@ -180,6 +180,9 @@ class PerRecordGradients:
         self._device = next(iter(self._parameters.values())).device
         self._least_ratio = _LEAST_RATIO[precision]
         self._scratch = _Scratch(getattr(torch, precision), self._device)
+        self._part_P = self._zeros(
+            torch.float64, extra=0 if telemetry is None else TELEMETRY_NUMBERS
+        )
         self._begin_sum()
 
     def add(self, losses: Callable[[], Tensor], mask_B: Tensor) -> None:
@@ -251,7 +254,7 @@ class PerRecordGradients:
         """Operands or products of every layer that the losses depend on (backward stops below), and
         the mean loss of each record, float64 (B,)."""
         tape = _Tape(records=len(mask_B), draws=self._draws, device=self._device)
-        with _trainable(self._all, ()), tape.tapping(self._layers):
+        with _trainable(self._of_model, ()), tape.tapping(self._layers):
             with torch.enable_grad():
                 loss_R = _rows(losses(), tape.rows)
             if not loss_R.requires_grad:
@@ -265,7 +268,7 @@ class PerRecordGradients:
     def _autograd(self, losses: Callable[[], Tensor], mask_B: Tensor) -> Tensor:
         """Gradient of the sum over records by autograd alone, float64 (P,)."""
         learning = list(self._parameters.values())
-        with _trainable(self._all, learning), torch.enable_grad():
+        with _trainable(self._of_model, learning), torch.enable_grad():
             loss_R = _rows(losses(), len(mask_B) * self._draws)
             seed_R = self._seed(loss_R, mask_B)
             found = torch.autograd.grad(loss_R, learning, seed_R, allow_unused=True)
@@ -280,8 +283,6 @@ class PerRecordGradients:
         return weight_B.repeat_interleave(self._draws)
 
     def _begin_sum(self) -> None:
-        extra = 0 if self._telemetry is None else TELEMETRY_NUMBERS
-        self._part_P = self._zeros(torch.float64, extra=extra)
         self._sum_P: Tensor | None = None
         self._records = self._part_records = 0
 
@@ -491,9 +492,10 @@ def _emit_contractions(
             bias_O += pair[0].sum(0, dtype=torch.float64)
     if swapped:
         out = scratch.take("swapped", (sum(widths), width), torch.float64).copy_(out.T)
-    for position, (operands, sum_OD) in enumerate(zip(group, out.split(widths), strict=True)):
-        if bias_O is not None:
-            emit(operands.layer.bias, bias_O.split(widths)[position])
+    if bias_O is not None:
+        for operands, part_O in zip(group, bias_O.split(widths), strict=True):
+            emit(operands.layer.bias, part_O)
+    for operands, sum_OD in zip(group, out.split(widths), strict=True):
         emit(operands.layer.weight, sum_OD.flatten())
 
 
@@ -640,10 +642,10 @@ def keep(layer: _Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Operands |
         return _embedding_operands(layer, seen, grad, draws=draws)
     window = patches.window_of(layer.module, draws) if layer.kind == "conv" else None
     if layer.kind == "conv":
-        grad_BTO = _fold(grad.flatten(2).mT, draws)
-        kept = seen if window is not None else _fold(seen.flatten(2).mT, draws)
+        grad_BTO = patches.fold(grad.flatten(2).mT, draws)
+        kept = seen if window is not None else patches.fold(seen.flatten(2).mT, draws)
     else:
-        grad_BTO, kept = _fold(grad, draws), _fold(seen, draws)
+        grad_BTO, kept = patches.fold(grad, draws), patches.fold(seen, draws)
     if layer.weight is None:
         return Products(layer, None, grad_BTO.float().sum(1))
     tokens, out_width = grad_BTO.shape[1:]
@@ -655,11 +657,6 @@ def keep(layer: _Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Operands |
         input_BTD = kept if window is None else patches.tokens(kept, window)
         weight_BP = blas.products(grad_BTO.float(), input_BTD.float()).flatten(1)
     return Products(layer, weight_BP, None if layer.bias is None else grad_BTO.float().sum(1))
-
-
-def _fold(tensor: Tensor, draws: int) -> Tensor:
-    """(R, ..., D) -> (B, T, D): a record's draws become tokens."""
-    return tensor.reshape(len(tensor) // draws, -1, tensor.shape[-1])
 
 
 def _norm_products(layer: _Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Products:

@@ -51,6 +51,11 @@ class Window:
         return [slice(start, start + span, self.stride[axis]) for start in starts]
 
 
+def fold(tensor: Tensor, draws: int) -> Tensor:
+    """(R, ..., D) -> (B, T, D): a record's draws become tokens."""
+    return tensor.reshape(len(tensor) // draws, -1, tensor.shape[-1])
+
+
 def window_of(module: nn.Conv2d, draws: int) -> Window | None:
     """None for a convolution that sees one pixel at a time: a linear layer of pixels."""
     if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding == (0, 0):
@@ -67,14 +72,14 @@ def tokens(images_RCHW: Tensor, window: Window) -> Tensor:
         padding=window.padding,
         stride=window.stride,
     )
-    return _fold(patches_RDT, window.draws)
+    return fold(patches_RDT.mT, window.draws)
 
 
 def gram(images_RCHW: Tensor, window: Window, *, out_BTT: Tensor) -> None:
     """Inner products of the patches of each record, float32: sums of C * A products."""
     rows, _, height, width = images_RCHW.shape
     records, draws = rows // window.draws, window.draws
-    pixels_BSC = _fold(images_RCHW.flatten(2), draws)
+    pixels_BSC = fold(images_RCHW.flatten(2).mT, draws)
     pairs_BSS = pixels_BSC.new_empty(records, *[pixels_BSC.shape[1]] * 2)
     blas.gram(pixels_BSC, out_BTT=pairs_BSS)
     high, wide = window.padded(height, 0), window.padded(width, 1)
@@ -124,9 +129,3 @@ def _places(images_RCHW: Tensor, window: Window) -> Iterator[tuple[slice, slice]
     for vertical in window.slices(height, 0):
         for horizontal in window.slices(width, 1):
             yield vertical, horizontal
-
-
-def _fold(channels_RCS: Tensor, draws: int) -> Tensor:
-    """(R, C, S) -> (B, K S, C): a record's draws become tokens."""
-    rows, channels, _ = channels_RCS.shape
-    return channels_RCS.mT.reshape(rows // draws, -1, channels)

@@ -46,14 +46,13 @@ def _most_resident() -> int:
 def free_bytes(worker: Worker) -> int:
     """What this worker may still take of its device; of a machine's memory, its part. All workers
     take part."""
-    here = torch.tensor([worker.local_rank + 1.0], dtype=torch.float64, device=worker.device)
-    worker.collective.max_(here)
+    most_here = worker.most(worker.local_rank) + 1
     if worker.device.type == "cuda":
         kept = torch.cuda.memory_reserved(worker.device) - torch.cuda.memory_allocated(
             worker.device
         )
         return torch.cuda.mem_get_info(worker.device)[0] + kept
-    return int(free_memory() / here.item())
+    return free_memory() // most_here
 
 
 def free_memory() -> int:

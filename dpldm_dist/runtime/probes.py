@@ -124,11 +124,10 @@ def _seconds_until_seen(folder: Path, worker: Worker) -> float:
         if not seen and not folder.is_dir():
             break  # another disk: waiting would not help
     seconds = time.monotonic() - started
-    blind = torch.tensor([0 if seen else worker.rank + 1], device=worker.device)
-    worker.collective.max_(blind)
-    if blind.item():
+    blind = worker.most(0 if seen else worker.rank + 1)
+    if blind:
         raise RunError(
-            f"Worker {int(blind.item()) - 1} does not see in {folder} what worker 0 wrote: set "
+            f"Worker {blind - 1} does not see in {folder} what worker 0 wrote: set "
             "run.dir to storage that all machines share."
         )
     return seconds

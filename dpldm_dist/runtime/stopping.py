@@ -61,11 +61,7 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any worker sees the request. Every worker calls it, at the same point."""
-        import torch  # here: who only asks for a stop does not wait for it
-
-        asked = torch.tensor([int(self.asked())], device=self._worker.device)
-        self._worker.collective.max_(asked)
-        return bool(asked.item())
+        return bool(self._worker.most(int(self.asked())))
 
     def leave(self, what: str) -> SavedAndStopped:
         """The error to raise once everything is saved. ``what``: of which the steps were saved."""
@@ -88,14 +84,22 @@ def stop_on_signals(runs: Sequence[RunDir], *, grace_s: float) -> Iterator[None]
         return
     timer = threading.Timer(grace_s, _leave_late, args=(grace_s,))
     timer.daemon = True
-    handler = _asker(runs, timer)
-    previous = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        with handled(SIGNALS, _asker(runs, timer)):
+            yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def handled(numbers: Sequence[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Within, these signals go to ``handler``; afterwards where they went before."""
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        timer.cancel()
-        for number, handler in previous.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        for number, before in previous.items():
+            signal.signal(number, before if before is not None else signal.SIG_DFL)
 
 
 def ask_on_signals(runs: Sequence[RunDir]) -> None:

@@ -18,13 +18,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpldm_dist.config import Config
 from dpldm_dist.errors import BringUpError, ConfigError, DpldmError
+from dpldm_dist.runtime.stopping import handled
 
 _ADDRESS = "RAY_API_SERVER_ADDRESS"
 _NOT_SENT = {"ray_api_address", "ray_folder", "submit_wait", "launcher", "ray_address"}
@@ -281,15 +282,9 @@ class _Interrupts:
         self.waiting = False
         self._keeping = False
 
-    @contextmanager
-    def caught(self) -> Iterator[None]:
+    def caught(self) -> AbstractContextManager[None]:
         """Within, both raise KeyboardInterrupt."""
-        before = {n: signal.signal(n, self._got) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return handled((signal.SIGINT, signal.SIGTERM), self._got)
 
     @contextmanager
     def kept(self) -> Iterator[None]:

@@ -31,6 +31,12 @@ class Worker:
     preempted: Callable[[], bool] = lambda: False
     checkpointed: Callable[[int], None] = lambda step: None
 
+    def most(self, number: int) -> int:
+        """The largest of all workers' numbers. Every worker calls it, at the same point."""
+        largest = torch.tensor([number], dtype=torch.int64, device=self.device)
+        self.collective.max_(largest)
+        return int(largest.item())
+
 
 def solo_worker(device: str | torch.device = "cpu") -> Worker:
     """The only worker of a run of one: no process group, the same code."""

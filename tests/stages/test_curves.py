@@ -23,7 +23,7 @@ from dpldm_dist.stages.finetune import finetune
 from dpldm_dist.stages.finetune.curves import ROWS, Curves
 from dpldm_dist.stages.mechanism import plan_of, telemetry_query
 from dpldm_dist.stages.report import report
-from tests.stages.tiny_run import latent_shards, public_model, settings
+from tests.stages.tiny_run import settings
 
 P = 500
 
@@ -138,14 +138,6 @@ def test_a_run_without_noise_has_no_walk_and_one_without_a_share_no_telemetry(tm
 
 
 # --- in a run -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("curves")
-    public_model(folder / "model")
-    latent_shards(folder / "latents")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,7 @@ from dpldm_dist.privacy.dataset_ledger import read_dataset_ledger
 from dpldm_dist.privacy.ledger import read_ledger
 from dpldm_dist.runtime.rundir import RunDir, dataset_budget_file
 from dpldm_dist.runtime.stopping import ask_to_stop, forget_stop
-from dpldm_dist.runtime.worker import solo_worker
-from dpldm_dist.stages.finetune import finetune
-from tests.stages.tiny_run import latent_shards, public_model, settings
+from tests.stages.tiny_run import latent_shards, public_model, run_alone, settings
 
 
 @pytest.fixture
@@ -30,11 +28,6 @@ def member(root, name, *, steps=4, **privacy):
     return settings(root, name, finetune={"steps": steps}, privacy={**numbers, **privacy})
 
 
-def run(config):
-    RunDir(config.run.dir).create()
-    return finetune(config, solo_worker())
-
-
 def test_runs_reserve_from_one_budget_settle_and_are_refused(root, capsys):
     first, second = member(root, "first"), member(root, "second")
     place = dataset_budget_file(first)
@@ -42,12 +35,12 @@ def test_runs_reserve_from_one_budget_settle_and_are_refused(root, capsys):
     RunDir(first.run.dir).create()
     ask_to_stop(RunDir(first.run.dir))
     with pytest.raises(SavedAndStopped):
-        run(first)
+        run_alone(first)
     (share,) = read_dataset_ledger(place).shares
     assert not share.settled
     forget_stop(RunDir(first.run.dir))
-    run(first)  # goes on, with what it reserved
-    run(second)
+    run_alone(first)  # goes on, with what it reserved
+    run_alone(second)
     whole = read_dataset_ledger(place)
     for config, share in zip((first, second), whole.shares, strict=True):
         ledger = read_ledger(RunDir(config.run.dir).ledger)
@@ -57,7 +50,7 @@ def test_runs_reserve_from_one_budget_settle_and_are_refused(root, capsys):
     assert whole.shares[0].starts == 2
     size = place.stat().st_size
     with pytest.raises(PrivacyError, match="refuses this run"):
-        run(member(root, "greedy", steps=40, noise_multiplier=0.5, epsilon=2000.0))
+        run_alone(member(root, "greedy", steps=40, noise_multiplier=0.5, epsilon=2000.0))
     assert place.stat().st_size == size
     for action in ("show", "verify"):
         words = [
@@ -75,18 +68,18 @@ def test_a_copy_of_a_run_directory_is_refused_by_the_budget(root):
     RunDir(config.run.dir).create()
     ask_to_stop(RunDir(config.run.dir))
     with pytest.raises(SavedAndStopped):
-        run(config)
+        run_alone(config)
     shutil.copytree(config.run.dir, root / "copy", symlinks=True)
     for name in ("one", "copy"):
         forget_stop(RunDir(root / name))
-    run(member(root, "copy"))
+    run_alone(member(root, "copy"))
     with pytest.raises(PrivacyError, match="another copy of the run directory went on"):
-        run(config)
+        run_alone(config)
 
 
 def test_the_released_manifest_names_no_place_of_the_budget(root):
     config = member(root, "named", dataset_ledger=str(root / "elsewhere.jsonl"))
-    run(config)
+    run_alone(config)
     assert (root / "elsewhere.jsonl").is_file()
     assert not (root / "budget.jsonl").exists()
     for path in RunDir(config.run.dir).release.rglob("*.json"):

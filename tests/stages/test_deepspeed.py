@@ -31,22 +31,13 @@ from tests.privacy.mechanism_checks import CLIP_NORM, GRID, SIGMA, mechanism
 from tests.processes import on_workers as on_processes
 from tests.stages.tiny_run import (
     TEST_KEY,
-    latent_shards,
-    public_model,
     released_weights,
+    run_alone,
     settings,
 )
 
 STEPS = 12
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    public_model(folder / "model")
-    latent_shards(folder / "latents")
-    return folder
 
 
 def private(
@@ -122,11 +113,6 @@ def test_a_run_begun_with_deepspeed_goes_on_without_it_and_back(root):
             with _stopped_after(steps), pytest.raises(KeyboardInterrupt):
                 run_alone(config)
     assert farthest(root, "unbroken", "changing") < 1e-6
-
-
-def run_alone(config: Config) -> None:
-    RunDir(config.run.dir).create()
-    finetune(config, solo_worker())
 
 
 def _stopped_after(steps: int) -> Any:

@@ -36,25 +36,12 @@ from tests.stages.tiny_run import (
     SHARD_RECORDS,
     TEST_KEY,
     latent_shards,
-    public_model,
     released_weights,
+    run_alone,
     settings,
 )
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    public_model(folder / "model")
-    latent_shards(folder / "latents")
-    return folder
-
-
-def run(config):
-    RunDir(config.run.dir).create()
-    return finetune(config, solo_worker())
 
 
 # --- invariance -----------------------------------------------------------------------------------
@@ -102,7 +89,7 @@ def test_three_microbatch_sizes_train_the_same_weights_within_1e_6_but_for_their
         }  # fmt: skip
         # plain SGD: Adam's division by small second moments would magnify rounding
         plain = {"optimizer": "sgd", "learning_rate": 0.01, "embedder_grad_scale": 1.0}
-        run(settings(root, name, run=changes, finetune=plain))
+        run_alone(settings(root, name, run=changes, finetune=plain))
         found.append(released_weights(root, name))
     for other in found[1:]:
         for name, value in found[0].items():
@@ -188,7 +175,7 @@ def trace(config) -> list[dict]:
 @pytest.fixture(scope="module")
 def unbroken(root):
     """What a run of a fixed key releases when nothing happens to it."""
-    run(
+    run_alone(
         settings(root, "unbroken", run={"dir": str(root / "unbroken"), "unsafe_test_key": TEST_KEY})
     )
     return released_weights(root, "unbroken")
@@ -254,7 +241,7 @@ def test_a_killed_worker_is_named_and_the_run_resumes_on_another_number_of_worke
         and "WorkerError" in broken.stderr
         and "worker 1" in broken.stderr.lower()
     )
-    run(settings(root, "elastic"))
+    run_alone(settings(root, "elastic"))
     assert read_ledger(RunDir(root / "elastic").ledger).steps == 10
 
 
@@ -272,7 +259,7 @@ def test_another_microbatch_other_data_or_a_lost_key_opens_a_new_attempt_that_is
         if name == "key":
             RunDir(first.run.dir).key.unlink()
         changes["run"] = {"dir": first.run.dir, **changes.get("run", {})}
-        run(settings(root, f"other-{name}", privacy=affordable, **changes))
+        run_alone(settings(root, f"other-{name}", privacy=affordable, **changes))
         summary = read_ledger(RunDir(first.run.dir).ledger)
         assert (summary.attempts, summary.rebound) == (2, 0), name
         assert summary.steps == 5 + 7, name  # 0..4, then again from the checkpoint of step 3
@@ -287,7 +274,7 @@ def test_a_step_that_ends_in_another_sum_is_released_with_its_own_noise_and_acco
     before = read_ledger(RunDir(config.run.dir).ledger)
     take_sum = PerRecordGradients.take_sum
     monkeypatch.setattr(PerRecordGradients, "take_sum", lambda self: take_sum(self) + 1)
-    run(config)
+    run_alone(config)
     after = read_ledger(RunDir(config.run.dir).ledger)
     assert before.rebound == 0 and after.rebound == 2  # steps 3 and 4
     assert (after.steps, after.attempts) == (10, 1)
@@ -300,13 +287,13 @@ def test_the_budget_is_never_exceeded_whatever_is_repeated(root, monkeypatch):
     assert crash(config, "after the release:5").returncode == -9
     take_sum = PerRecordGradients.take_sum
     monkeypatch.setattr(PerRecordGradients, "take_sum", lambda self: take_sum(self) + 1)
-    manifest = run(config)
+    manifest = run_alone(config)
     summary = read_ledger(RunDir(config.run.dir).ledger)
     assert summary.epsilon <= config.privacy.epsilon
     assert manifest.facts["steps_done"] < 10
     assert math.isclose(manifest.facts["epsilon"], summary.epsilon)
     size = RunDir(config.run.dir).ledger.stat().st_size
-    assert run(config) == manifest  # a restart does nothing
+    assert run_alone(config) == manifest  # a restart does nothing
     assert RunDir(config.run.dir).ledger.stat().st_size == size
 
 
@@ -324,9 +311,9 @@ def test_a_request_to_stop_saves_after_the_step_and_the_next_start_goes_on(root,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dpldm_dist.stages.finetune.Progress", AskedInStep5)
         with pytest.raises(SavedAndStopped, match="5 of 10 noisy steps saved"):
-            run(config)
+            run_alone(config)
     forget_stop(RunDir(config.run.dir))
-    run(config)
+    run_alone(config)
     assert read_ledger(RunDir(config.run.dir).ledger).steps == 10
     assert same_weights(unbroken, released_weights(root, name))
 
@@ -336,9 +323,9 @@ def test_a_request_to_stop_saves_after_the_step_and_the_next_start_goes_on(root,
 
 def test_a_finished_run_does_nothing_when_asked_again(root):
     config = settings(root, "finished")
-    first = run(config)
+    first = run_alone(config)
     size = RunDir(config.run.dir).ledger.stat().st_size
-    assert run(config) == first
+    assert run_alone(config) == first
     assert RunDir(config.run.dir).ledger.stat().st_size == size
 
 
@@ -352,9 +339,9 @@ def test_another_plan_on_an_old_ledger_is_refused(root):
     }
     for said, changes in wrong.items():
         with pytest.raises(RunError) as caught:
-            run(settings(root, name, **changes))
+            run_alone(settings(root, name, **changes))
         assert any(part.rpartition(".")[2] in str(caught.value) for part in said.split("|")), said
-    run(config)
+    run_alone(config)
 
 
 def test_a_damaged_shard_stops_the_run_with_its_name(root):
@@ -364,14 +351,14 @@ def test_a_damaged_shard_stops_the_run_with_its_name(root):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"latents-00003\.tar"):
-        run(settings(root, "on-damaged", data={"private": {"latents": str(folder)}}))
+        run_alone(settings(root, "on-damaged", data={"private": {"latents": str(folder)}}))
 
 
 def test_too_few_declared_records_and_an_impossible_budget_are_refused(root):
     with pytest.raises(ConfigError, match=r"privacy\.records"):
-        run(settings(root, "few", privacy={"records": 79}))
+        run_alone(settings(root, "few", privacy={"records": 79}))
     with pytest.raises(PrivacyError, match="costs epsilon"):
-        run(settings(root, "dear", privacy={"noise_multiplier": 0.3}))
+        run_alone(settings(root, "dear", privacy={"noise_multiplier": 0.3}))
 
 
 def test_the_dry_run_reads_and_writes_nothing(root, capsys):
@@ -391,7 +378,7 @@ def test_every_trainable_set_learns_its_parameters_and_leaves_the_others(root, t
         finetune={"trainable": trainable, "first_block": 2, "steps": 2, "learning_rate": 0.1},
         privacy={"noise_multiplier": 1.0},
     )
-    run(config)
+    run_alone(config)
     before, after = (
         load_model(root / "model").unet.state_dict(),
         released_weights(root, f"only-{trainable}"),
@@ -411,7 +398,7 @@ def test_a_run_without_claim_has_no_epsilon_anywhere(root):
         config = settings(
             root, name, run={"dir": str(root / name), **changes}, finetune={"steps": 2}
         )
-        manifest = run(config)
+        manifest = run_alone(config)
         assert manifest.facts["claim"] is False and manifest.facts["epsilon"] is None
         assert math.isinf(read_ledger(RunDir(config.run.dir).ledger).epsilon)
 
@@ -479,17 +466,17 @@ def test_releases_without_their_ledger_are_refused(root):
     assert crash(config, "after the release:1").returncode == -9
     RunDir(config.run.dir).ledger.unlink()
     with pytest.raises(RunError, match="ledger that is gone"):
-        run(config)
+        run_alone(config)
 
 
 def test_a_run_without_noise_must_lie_in_a_private_folder(root):
     changes = {"dir": str(root / "open"), "unsafe_no_noise": True}
     with pytest.raises(PrivacyError, match="below a folder named private"):
-        run(settings(root, "open", run=changes))
+        run_alone(settings(root, "open", run=changes))
 
 
 def test_tensorboard_carries_no_clock_times_of_private_steps(root):
-    run(settings(root, "timeless", finetune={"steps": 3}))
+    run_alone(settings(root, "timeless", finetune={"steps": 3}))
     folder = root / "timeless" / "release" / "tensorboard" / "finetune"
     events = EventAccumulator(str(folder)).Reload()
     for tag in events.Tags()["scalars"]:
@@ -503,5 +490,5 @@ def test_equal_images_in_different_records_are_refused(root):
     replace(manifest, facts={**manifest.facts, "duplicates": 1}).write(folder, private=True)
     data = {"private": {"latents": str(folder)}}
     with pytest.raises(PrivacyError, match="equal content"):
-        run(settings(root, "on-doubled", data=data))
-    run(settings(root, "allowed", data=data, privacy={"allow_duplicates": True}))
+        run_alone(settings(root, "on-doubled", data=data))
+    run_alone(settings(root, "allowed", data=data, privacy={"allow_duplicates": True}))

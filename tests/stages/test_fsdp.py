@@ -34,22 +34,13 @@ from dpldm_dist.stages.mechanism import plan_of
 from tests.processes import on_workers
 from tests.stages.tiny_run import (
     TEST_KEY,
-    latent_shards,
-    public_model,
     released_weights,
+    run_alone,
     settings,
 )
 
 STEPS = 12
 SETS = ("attention", "lora", "output-blocks")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    public_model(folder / "model")
-    latent_shards(folder / "latents")
-    return folder
 
 
 def private(root: Path, name: str, *, strategy: str = "fsdp", **finetune: Any) -> Config:
@@ -80,11 +71,6 @@ def run_all(collective: Collective, *configs: Config) -> None:
             RunDir(config.run.dir).create()
         collective.barrier()
         finetune(config, worker_of(collective))
-
-
-def run_alone(config: Config) -> None:
-    RunDir(config.run.dir).create()
-    finetune(config, solo_worker())
 
 
 @contextmanager

@@ -15,20 +15,12 @@ from dpldm_dist.runtime.worker import solo_worker
 from dpldm_dist.stages.finetune import finetune, microbatch
 from dpldm_dist.stages.finetune.microbatch import candidates, foretold
 from dpldm_dist.stages.mechanism import microbatch_of
-from tests.stages.tiny_run import TEST_KEY, latent_shards, public_model, released_weights, settings
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("microbatch")
-    public_model(folder / "model")
-    latent_shards(folder / "latents")
-    return folder
-
-
-def run(config):
-    RunDir(config.run.dir).create()
-    return finetune(config, solo_worker())
+from tests.stages.tiny_run import (
+    TEST_KEY,
+    released_weights,
+    run_alone,
+    settings,
+)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +41,7 @@ def test_a_larger_pass_is_foretold_from_the_last_two():
 def test_the_first_start_measures_and_records_and_a_restart_uses_it(root, monkeypatch):
     config = settings(root, "kept", run={"microbatch": "auto"})
     assert microbatch_of(config) == 64  # not settled
-    run(config)
+    run_alone(config)
     record = json.loads(RunDir(config.run.dir).microbatch.read_text())
     assert record["microbatch"] == microbatch_of(config) >= 2
     assert all(peak >= 0 for peak in record["bytes_by_records"].values())
@@ -60,15 +52,15 @@ def test_the_first_start_measures_and_records_and_a_restart_uses_it(root, monkey
     monkeypatch.setattr(microbatch, "_measure", never)
     again = settings(root, "again", run={"microbatch": "auto"})
     RunDir(again.run.dir).create().microbatch.write_text('{"microbatch": 4}')
-    run(again)
+    run_alone(again)
     assert "microbatches of 4" in RunDir(again.run.dir).ledger.read_text()
 
 
 def test_settling_equals_asking_for_that_number(root):
     auto = settings(root, "auto", run={"microbatch": "auto", "unsafe_test_key": TEST_KEY})
-    run(auto)
+    run_alone(auto)
     settled = microbatch_of(auto)
-    run(settings(root, "asked", run={"microbatch": settled, "unsafe_test_key": TEST_KEY}))
+    run_alone(settings(root, "asked", run={"microbatch": settled, "unsafe_test_key": TEST_KEY}))
     one, other = released_weights(root, "auto"), released_weights(root, "asked")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -92,7 +84,7 @@ def test_what_does_not_fit_is_not_chosen_and_not_even_tried(root, monkeypatch):
         finetune={"batch": 40},
         privacy={"lanes": 1, "noise_multiplier": 2.0},
     )
-    run(config)
+    run_alone(config)
     record = json.loads(RunDir(config.run.dir).microbatch.read_text())
     assert record["microbatch"] == 8
     assert list(record["bytes_by_records"]) == ["2", "4", "8"]  # 16 was foretold to take 800
@@ -103,7 +95,7 @@ def test_a_device_that_holds_no_two_records_is_refused_with_numbers(root, monkey
     monkeypatch.setattr(microbatch.MemoryWatch, "peak", lambda self: 501)
     config = settings(root, "none", run={"microbatch": "auto"})
     with pytest.raises(ConfigError, match="takes 501 bytes; expected at most 500"):
-        run(config)
+        run_alone(config)
     assert not RunDir(config.run.dir).microbatch.exists()
     assert not RunDir(config.run.dir).ledger.exists()  # before anything is charged
 
@@ -113,7 +105,7 @@ def test_a_damaged_record_is_named(root, content):
     config = settings(root, "damaged", run={"microbatch": "auto"})
     RunDir(config.run.dir).create().microbatch.write_text(content)
     with pytest.raises(RunError, match=r"microbatch\.json is damaged"):
-        run(config)
+        run_alone(config)
 
 
 def test_free_memory_is_positive_and_divided_among_workers():

@@ -22,15 +22,7 @@ from dpldm_dist.runtime.rundir import RunDir
 from dpldm_dist.runtime.worker import solo_worker
 from dpldm_dist.stages.finetune import finetune
 from dpldm_dist.stages.finetune.state import TrainingState
-from tests.stages.tiny_run import latent_shards, public_model, settings
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    public_model(folder / "model")
-    latent_shards(folder / "latents")
-    return folder
+from tests.stages.tiny_run import settings
 
 
 def _no_noise() -> Any:

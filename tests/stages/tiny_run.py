@@ -9,11 +9,15 @@ import torch
 
 from dpldm_dist.config import Config, parse_config
 from dpldm_dist.data.latents import LatentRecord, write_latent_shard, write_latents_manifest
+from dpldm_dist.data.manifest import Manifest
 from dpldm_dist.models.autoencoder import build_autoencoder
 from dpldm_dist.models.conditioning import random_rows
 from dpldm_dist.models.diffusion import Diffusion
 from dpldm_dist.models.directory import save_model
 from dpldm_dist.models.unet import build_unet
+from dpldm_dist.runtime.rundir import RunDir
+from dpldm_dist.runtime.worker import solo_worker
+from dpldm_dist.stages.finetune import finetune
 
 TEST_KEY = "5a" * 32
 SHARDS, SHARD_RECORDS = 5, 16
@@ -94,6 +98,12 @@ def settings(root: Path, name: str = "run", **changes: dict) -> Config:
     for section, fields in changes.items():
         tree[section] = {**tree.get(section, {}), **fields}
     return parse_config(tree)
+
+
+def run_alone(config: Config) -> Manifest:
+    """Private fine-tuning by one worker in this process."""
+    RunDir(config.run.dir).create()
+    return finetune(config, solo_worker())
 
 
 def released_weights(root: Path, name: str = "run") -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from dpldm_dist.config import Config
+from dpldm_dist.data.files import write_file
 from dpldm_dist.data.latents import LatentShards
 from dpldm_dist.errors import ConfigError
 from dpldm_dist.models.directory import load_model
@@ -99,9 +100,7 @@ def _measure(
 
 def _all(holds: bool, worker: Worker) -> bool:
     """Whether it holds for every worker."""
-    fails = torch.tensor([float(not holds)], device=worker.device)
-    worker.collective.max_(fails)
-    return not fails.item()
+    return not worker.most(int(not holds))
 
 
 def _record(
@@ -113,6 +112,4 @@ def _record(
         "bytes_at_most": most,
         "bytes_by_records": dict(measured),
     }
-    part = run.microbatch.with_suffix(".part")
-    part.write_text(json.dumps(facts, indent=1) + "\n")
-    part.replace(run.microbatch)
+    write_file(run.microbatch, (json.dumps(facts, indent=1) + "\n").encode(), private=False)

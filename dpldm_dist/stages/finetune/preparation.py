@@ -163,10 +163,7 @@ def refuse_different_workers(plan: PrivacyPlan, latents: LatentShards, worker: W
     Raises: DataError.
     """
     mine = [plan.digest(), latents.manifest.digest]
-    differs = torch.tensor([float(worker.collective.broadcast_json(mine) != mine)])
-    differs = differs.to(worker.device)
-    worker.collective.max_(differs)
-    if differs.item():
+    if worker.most(int(worker.collective.broadcast_json(mine) != mine)):
         raise DataError(
             "The workers see different private shards or plans: expected one shared folder. Put "
             "the latents on storage that all machines share."

@@ -138,9 +138,7 @@ class PrivateData:
         need equally many."""
         if not shards_frozen(self._config.run, self._worker):
             return parts
-        most = torch.tensor([parts], dtype=torch.int64, device=self._worker.device)
-        self._worker.collective.max_(most)
-        return int(most)
+        return self._worker.most(parts)
 
     def _empty_part(self) -> Part:
         """A microbatch without records: zeros, all of it padding."""
