@@ -34,11 +34,11 @@ lint: $(READY)
 	$(BIN)/python -m pip install --quiet "ruff>=0.9,<1"
 	$(BIN)/ruff check .
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml dpldm_dist/privacy/native/records.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "torch==2.13.0"
 	$(BIN)/python -m pip install --quiet --editable ".[demo,natural-images,test]"
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info dpldm_dist/privacy/native/*.so

@@ -30,7 +30,7 @@ from benchmarks.cells import SHAPES, TRAINABLES, Cell, make_cell, own_copy, shap
 from benchmarks.clock import Times, in_turns, middle, peak_bytes
 from benchmarks.methods import METHODS, Step, Unsupported
 from benchmarks.work import Work, performed, work_of
-from dpldm_dist.privacy import blas
+from dpldm_dist.privacy import native
 from dpldm_dist.privacy.gradients import PerRecordGradients
 
 RESULTS = Path(__file__).parent / "results"
@@ -221,7 +221,7 @@ def machine(*, device: str, threads: int) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "blas": blas.name(),
+        "engine": native.name(),
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)),

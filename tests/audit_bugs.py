@@ -166,9 +166,7 @@ def no_clipping() -> list[Any]:
 
 def twice_the_clip_norm() -> list[Any]:
     def change(factors: Any) -> Any:
-        return lambda norms, mask_B, *, clip_norm, least_ratio: factors(
-            norms, mask_B, clip_norm=2 * clip_norm, least_ratio=least_ratio
-        )
+        return lambda norms, mask_B, *, clip_norm: factors(norms, mask_B, clip_norm=2 * clip_norm)
 
     return [method(gradients, "clip_factors", change)]
 
@@ -192,9 +190,8 @@ def layers_clipped_one_by_one() -> list[Any]:
                 gradients.record_norms([term], mask_B),
                 mask_B,
                 clip_norm=self._clip_norm,
-                least_ratio=self._least_ratio,
             )
-            gradients.weighted_sum([term], factor_B, self._scratch, self._add_rounded)
+            self._sum([term], factor_B, self._part_P, grid=self._grid, unit=self._unit)
 
     return [mock.patch.object(PerRecordGradients, "add", add)]
 

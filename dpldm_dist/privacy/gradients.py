@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpldm_dist.errors import PrivacyError
-from dpldm_dist.privacy import blas, patches
+from dpldm_dist.privacy import native, patches
 from dpldm_dist.privacy.plan import TELEMETRY_NUMBERS
 from dpldm_dist.privacy.telemetry import TelemetryQuery
 
@@ -37,43 +37,33 @@ _KINDS: dict[type[nn.Module], Kind] = {
     nn.LayerNorm: "layer_norm",
     nn.Embedding: "embedding",
 }
-Precision = Literal["float64", "float32"]
 
 _UNIT = 2.0**-24  # rounding of float32
-_CHUNK = 64  # tokens that are summed in float32 before float64 takes over
 _MOST_TOKENS = 4096  # of a record, for layers whose operands enter a contraction
-_LEAST_RATIO = {"float64": 2.0**-8, "float32": 2.0**-3}  # of a norm to its Cauchy bound
+_LEAST_RATIO = 2.0**-8  # of a norm to its Cauchy bound
 _MOST_UNITS = 2.0**40  # clip_norm in grid units: float64 rounds sums of a microbatch exactly
 _LARGEST_SQUARE = float(torch.finfo(torch.float32).max)
-_COPIED_TOKENS = 1024  # tokens of a layer that lie in the working precision at a time
+_COPIED_TOKENS = (2**16, 1024)  # tokens that lie in float64 at a time: on a device, on a CPU
 _STACKED_NUMBERS = 2**20  # Gram matrices handled by one operation
 
 
-def accumulation_error(
-    *, records: int, clip_norm: float, precision: Precision = "float64"
-) -> float:
+def accumulation_error(*, records: int, clip_norm: float) -> float:
     """Bound on the L2 distance between a microbatch's computed sum and the exact sum of its clipped
     gradients, before rounding to the grid. Unit of ``clip_norm``; public numbers only.
 
     Derivation. In a layer, record b is G_b = sum_t g_bt a_bt^T, entering with factor c_b. Sums of n
     products in any order, fused or not, are off by at most gamma_n = n u / (1 - n u) times the sum
-    of absolute terms (Higham 2002, section 3.1). In Frobenius norm this is gamma sum_b c_b A_b with
-    the Cauchy bound A_b = sum_t |g_bt| |a_bt|, and over all layers A_b is the root of the sum of
-    squares. Norms count as at least a share r of the computed A_b, so c_b A_b <= 1.1 clip_norm / r;
-    1.1 covers the float32 rounding of A_b. Per record the bound is 1.1 gamma clip_norm / r.
+    of absolute terms (Higham 2002, section 3.1), u = 2^-53. In Frobenius norm this is gamma
+    sum_b c_b A_b with the Cauchy bound A_b = sum_t |g_bt| |a_bt|, and over all layers A_b is the
+    root of the sum of squares. Norms count as at least a share 2^-8 of the computed A_b, so
+    c_b A_b <= 1.1 clip_norm 2^8; 1.1 covers the float32 rounding of A_b. n = 4096 records + 8.
 
-    - "float64": u = 2^-53, r = 2^-8, n = 4096 records + 8. A layer with more tokens in a record
-      first forms G_b itself, which then is the stored operand, with A_b = |G_b| and n = records.
-    - "float32": chunks of 64 tokens in float32 add u = 2^-24, n = 67 (64 sums, the rounding of c_b,
-      of c_b g_bt and one to spare), r = 2^-3. Products below 2^-126 may be flushed to zero; since
-      |a_bt| < 2^64 where a record counts, that is less than 2^-50 per token for O < 2^24.
+    A layer that keeps G_b itself has A_b = |G_b| and n = records. Where records are rounded one by
+    one (``privacy/native``), sums over them are exact: the rounding of a record is part of the norm
+    to which it is clipped, not of this bound.
     """
     tokens = records * _MOST_TOKENS + 8
-    per_record = 1.1 * tokens * 2.0**-53 * clip_norm / _LEAST_RATIO[precision]
-    if precision == "float32":
-        per_record += 1.12 * (_CHUNK + 3) * _UNIT * clip_norm / _LEAST_RATIO[precision]
-        per_record += _MOST_TOKENS * 2.0**-50
-    return records * per_record
+    return records * 1.1 * tokens * 2.0**-53 * clip_norm / _LEAST_RATIO
 
 
 @dataclass(frozen=True)
@@ -90,12 +80,17 @@ class _Layer:
 @dataclass(frozen=True, eq=False)
 class Operands:
     """What a layer's gradients are made of: ``grad_BTO`` and ``input``, (B, T, D); (B, T) of an
-    embedding; of a convolution that sees through a ``window``, its images (R, C, H, W)."""
+    embedding; of a convolution that sees through a ``window``, its images (R, C, H, W).
+
+    ``squares_4B`` are those of ``RecordNorms``, where they were computed at once: while the
+    gradient was still in the processor's cache.
+    """
 
     layer: _Layer
     input: Tensor
     grad_BTO: Tensor
     window: patches.Window | None = None
+    squares_4B: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,12 +117,14 @@ class RawRecords:
 
 @dataclass(frozen=True, eq=False)
 class RecordNorms:
-    """Of each record over all layers, float64 (B,): the computed squared norm, a bound on how far
-    the exact one can lie above it, and the square of the Cauchy bound on absolute sums."""
+    """Of each record over all layers, float64 (B,): the computed squared norm; a bound on how far
+    the exact one can lie above it; the square of the Cauchy bound on absolute sums; and the square
+    of a bound on how far the gradient that enters a sum is from that of the stored operands."""
 
     square_B: Tensor
     slack_B: Tensor
     absolute_square_B: Tensor
+    own_square_B: Tensor
 
 
 class PerRecordGradients:
@@ -135,8 +132,6 @@ class PerRecordGradients:
 
     The gradient of a record is that of the mean of its K rows' losses with respect to
     ``parameters``; all layers share one L2 norm. ``grid`` is the unit of the sum, a power of two.
-    ``precision`` is that of the sum over a microbatch: "float32" is faster where float64 is slow,
-    and has the larger ``accumulation_error``. It is part of the mechanism: a run keeps its value.
     With ``telemetry``, three coordinates behind the P gradients say what it promises. ``watch`` is
     shown raw private values of every microbatch: for runs without a privacy claim.
     Kinds of layers: Linear, Conv2d without groups, GroupNorm, LayerNorm, Embedding, their biases;
@@ -163,7 +158,6 @@ class PerRecordGradients:
         clip_norm: float,
         draws: int,
         grid: float,
-        precision: Precision = "float64",
         telemetry: TelemetryQuery | None = None,
         watch: Callable[[RawRecords], None] | None = None,
     ):
@@ -175,11 +169,11 @@ class PerRecordGradients:
         self._grid = grid
         self._telemetry = telemetry
         self._watch = watch
+        self._unit = _unit_of_records(clip_norm, grid)
         self._places = _places(self._parameters)
         self._layers = find_layers(model, self._parameters, self._places)
         self._device = next(iter(self._parameters.values())).device
-        self._least_ratio = _LEAST_RATIO[precision]
-        self._scratch = _Scratch(getattr(torch, precision), self._device)
+        self._scratch = _Scratch(self._device)
         self._part_P = self._zeros(
             torch.float64, extra=0 if telemetry is None else TELEMETRY_NUMBERS
         )
@@ -196,12 +190,9 @@ class PerRecordGradients:
         with _plain_arithmetic(self._device):
             norms = record_norms(terms, mask_B)
             factor_B = clip_factors(
-                norms,
-                mask_B & loss_B.isfinite(),
-                clip_norm=self._clip_norm,
-                least_ratio=self._least_ratio,
+                norms, mask_B & loss_B.isfinite(), clip_norm=self._clip_norm - self._lost(terms)
             )
-            weighted_sum(terms, factor_B, self._scratch, self._add_rounded)
+            self._sum(terms, factor_B, self._part_P, grid=self._grid, unit=self._unit)
             if self._telemetry is not None:
                 self._part_P[-TELEMETRY_NUMBERS:] += self._telemetry.encode(loss_B, factor_B).sum(0)
             if self._watch is not None:
@@ -230,8 +221,12 @@ class PerRecordGradients:
         with _same_dropout():
             terms, _ = self._differentiate(losses, mask_B)
         with _plain_arithmetic(self._device):
-            weights_B = mask_B.to(self._device, torch.float64)
-            weighted_sum(terms, weights_B, self._scratch, ours_P.__setitem__)
+            norm_B = record_norms(terms, mask_B).square_B.sqrt()
+            finite_B = mask_B.to(self._device) & norm_B.isfinite()
+            largest = max(2.0**-40, float(norm_B[finite_B].max())) if finite_B.any() else 1.0
+            unit = 4.0 * 2.0 ** math.floor(math.log2(largest)) / native.LARGEST
+            self._sum(terms, finite_B.double(), ours_P, grid=unit, unit=unit)
+            ours_P *= unit
         with _same_dropout():
             theirs_P = self._autograd(losses, mask_B)
         floor = 1e-3 * tolerance * float(theirs_P.norm())
@@ -244,9 +239,36 @@ class PerRecordGradients:
                     "Freeze it, or call the module instead of using its weight."
                 )
 
-    def _add_rounded(self, place: slice, values: Tensor) -> None:
-        """Round to the grid and add: sums of integers do not depend on their order."""
-        self._part_P[place] += values.mul_(1.0 / self._grid).round_()
+    def _lost(self, terms: Sequence[Operands | Products]) -> float:
+        """The part of ``clip_norm`` that pays for rounding a record. Raises: PrivacyError."""
+        if not native.serves(self._device):
+            return 0.0
+        lost = record_rounding(terms, self._unit)
+        if lost > 0.1 * self._clip_norm:
+            raise PrivacyError(
+                f"Rounding would take {lost / self._clip_norm:.0%} of clip_norm: expected a finer "
+                "grid."
+            )
+        return lost
+
+    def _sum(
+        self,
+        terms: Sequence[Operands | Products],
+        factor_B: Tensor,
+        out_P: Tensor,
+        *,
+        grid: float,
+        unit: float,
+    ) -> None:
+        """Add sum_b factor_b G_b to ``out_P``, in whole numbers of ``grid``."""
+        if native.serves(self._device):
+            add_records(terms, factor_B, out_P, grid=grid, unit=unit)
+            return
+
+        def add_rounded(place: slice, values: Tensor) -> None:
+            out_P[place] += values.mul_(1.0 / grid).round_()
+
+        weighted_sum(terms, factor_B, self._scratch, add_rounded)
 
     def _differentiate(
         self, losses: Callable[[], Tensor], mask_B: Tensor
@@ -317,81 +339,109 @@ class PerRecordGradients:
 
 
 def record_norms(terms: Sequence[Operands | Products], mask_B: Tensor) -> RecordNorms:
-    """Joint norms over all layers. Gram forms run in float32, sums of them in float64.
+    """Joint norms over all layers, from inner products of operands; sums of their products float64.
 
-    |G|^2 = sum_st (g_s . g_t)(a_s . a_t). Each float32 product of two computed dot products is off
-    by at most gamma |g_s| |g_t| |a_s| |a_t|, so the sum is off by at most gamma A^2 with A the
-    Cauchy bound sum_t |g_t| |a_t| and gamma = 1.1 (D + O + 8) 2^-24. Layers that read the same are
-    one layer with their outputs side by side; a bias is a weight on a constant input of 1.
+    |G|^2 = sum_st (g_s . g_t)(a_s . a_t). Each product of two computed inner products is off by at
+    most gamma |g_s| |g_t| |a_s| |a_t|, so the sum is off by at most gamma A^2 with A the Cauchy
+    bound sum_t |g_t| |a_t| and gamma = 1.1 n u for the n roundings behind them: in float64, u =
+    2^-53, n = D + O + 8; in compiled kernels, u = 2^-24, and n is some 30. A bias is a weight on a
+    constant input of 1.
     """
-    total_3B = torch.zeros(3, len(mask_B), dtype=torch.float64, device=mask_B.device)
+    total_4B = torch.zeros(4, len(mask_B), dtype=torch.float64, device=mask_B.device)
     for products in (term for term in terms if isinstance(term, Products)):
-        total_3B[0] += _product_squares(products)
-    total_3B[2] = total_3B[0]  # the norm of a product is its Cauchy bound
+        total_4B[0] += _product_squares(products)
+    total_4B[2] = total_4B[0]  # the norm of a product is its Cauchy bound
+    total_4B[3] = total_4B[0] * (1.1 * _UNIT) ** 2  # its factor is applied in float32
+    at_once = [x for x in terms if isinstance(x, Operands) and x.squares_4B is not None]
+    for operands in at_once:
+        total_4B += operands.squares_4B
     pending: list[list[Operands]] = []
-    for group in _by_input(terms):
+    for group in _by_input([term for term in terms if term not in at_once]):
         if pending and not _stackable(pending, group):
-            total_3B += _gram_norms(pending)
+            total_4B[:3] += _gram_norms(pending)
             pending = []
         pending.append(group)
-    return RecordNorms(*(total_3B + _gram_norms(pending) if pending else total_3B))
+    if pending:
+        total_4B[:3] += _gram_norms(pending)
+    return RecordNorms(*total_4B)
 
 
-def clip_factors(
-    norms: RecordNorms, mask_B: Tensor, *, clip_norm: float, least_ratio: float
-) -> Tensor:
+def clip_factors(norms: RecordNorms, mask_B: Tensor, *, clip_norm: float) -> Tensor:
     """What each record is multiplied with, float64 (B,): min(1, clip_norm / norm).
 
-    Norms are taken at their upper error bound, and as at least ``least_ratio`` of their Cauchy
-    bound. Masked records and those whose squared norm is not a finite float32 get 0.
+    Norms are taken at their upper error bound, and as at least 2^-8 of their Cauchy bound. Masked
+    records and those whose squared norm is not a finite float32 get 0.
     """
     upper_square_B = (norms.square_B + norms.slack_B).clamp(min=0.0)
-    upper_B = torch.maximum(upper_square_B.sqrt(), least_ratio * norms.absolute_square_B.sqrt())
+    upper_B = upper_square_B.sqrt() + norms.own_square_B.sqrt()
+    upper_B = torch.maximum(upper_B, _LEAST_RATIO * norms.absolute_square_B.sqrt())
     upper_B = upper_B * (1.0 + 2.0**-40)  # covers the float64 roundings on the way here
     finite_B = upper_square_B + norms.absolute_square_B <= _LARGEST_SQUARE
     factor_B = (clip_norm / upper_B).clamp(max=1.0)
     return torch.where(finite_B & mask_B, factor_B, torch.zeros_like(factor_B))
 
 
+def _with_squares(operands: Operands) -> Operands:
+    """The same with their ``squares_4B``, where compiled kernels serve the device."""
+    if not native.serves(operands.grad_BTO.device):
+        return operands
+    grad_BTO, input_BTD, pairs, pairs_BTT = operands.grad_BTO.float(), None, None, None
+    length = native.product_roundings(grad_BTO.shape[2])
+    if operands.layer.kind == "embedding":  # the input is one-hot
+        pairs_BTT = (operands.input[:, :, None] == operands.input[:, None, :]).float()
+    else:
+        input_BTD, pairs = _tokens(operands)
+        length += native.product_roundings(input_BTD.shape[2]) + len(pairs.starts) - 2
+    gamma = 1.1 * length * _UNIT
+    squares_4B = native.norms(
+        *(grad_BTO, input_BTD),
+        pairs=None if operands.window is None else pairs,
+        input_BTT=pairs_BTT,
+        bias=operands.layer.bias is not None,
+        # Numbers below 2^-126 may have been rounded to less: a floor that gamma makes their bound.
+        floor=length * 2.0**-126 / gamma,
+        gamma=gamma,
+        own=1.1 * native.sum_roundings(grad_BTO.shape[1]) * _UNIT,
+    )
+    return replace(operands, squares_4B=squares_4B)
+
+
 def _gram_norms(groups: Sequence[Sequence[Operands]]) -> Tensor:
-    """Squared norm, slack and squared Cauchy bound, (3, B), of G groups; each reads one input."""
+    """The first three squares of ``RecordNorms`` by PyTorch, (3, B), of G groups; each reads one
+    input."""
     records, tokens = groups[0][0].grad_BTO.shape[:2]
     grams_2GBTT = groups[0][0].grad_BTO.new_empty(
-        2, len(groups), records, tokens, tokens, dtype=torch.float32
+        2, len(groups), records, tokens, tokens, dtype=torch.float64
     )
     lengths = [
         _grams(group, *pair) for group, pair in zip(groups, grams_2GBTT.unbind(1), strict=True)
     ]
-    length_G11 = torch.tensor(lengths, dtype=torch.float64, device=grams_2GBTT.device)[
-        :, None, None
-    ]
-    gamma_G11 = 1.1 * (length_G11 + 8) * _UNIT
+    gamma_G1 = 1.1 * (grams_2GBTT.new_tensor(lengths)[:, None] + 8) * 2.0**-53
     grad_GBTT, input_GBTT = grams_2GBTT
-    # Products below 2^-126 may have been flushed to zero: a floor that gamma makes their bound.
-    floor_G11 = length_G11 * 2.0**-126 / gamma_G11
-    grad_GBT = grad_GBTT.diagonal(dim1=2, dim2=3) + floor_G11
-    input_GBT = input_GBTT.diagonal(dim1=2, dim2=3) + floor_G11
-    absolute_square_GB = (grad_GBT * input_GBT).sqrt().sum(2).square()
-    square_B = grad_GBTT.mul_(input_GBTT).sum((0, 2, 3), dtype=torch.float64)
-    slack_B = (gamma_G11[:, :, 0] * absolute_square_GB).sum(0)
-    slack_B += grad_GBTT[:, 0].numel() * 2.0**-126  # of the products just formed, flushed likewise
+    lengths_GBT = (x.diagonal(dim1=2, dim2=3) for x in grams_2GBTT)
+    absolute_square_GB = math.prod(lengths_GBT).sqrt().sum(2).square()
+    square_B = grad_GBTT.mul_(input_GBTT).sum((0, 2, 3))
+    slack_B = (gamma_G1 * absolute_square_GB).sum(0)
     return torch.stack([square_B, slack_B, absolute_square_GB.sum(0)])
 
 
 def _grams(group: Sequence[Operands], grad_BTT: Tensor, input_BTT: Tensor) -> int:
-    """Inner products of a group's output gradients and of its input, float32, into the buffers;
-    returns the length of the sums behind them."""
+    """Inner products of a group's output gradients and of its input, float64, into the buffers;
+    returns the length of the sums behind them. Layers that read the same are one layer with their
+    outputs side by side."""
     first, length = group[0], sum(operands.grad_BTO.shape[2] for operands in group)
     for operands in group:
-        blas.gram(operands.grad_BTO.float(), out_BTT=grad_BTT, add=operands is not first)
+        grad_BTO = operands.grad_BTO.double()
+        grad_BTT.baddbmm_(grad_BTO, grad_BTO.mT, beta=float(operands is not first))
     if first.layer.kind == "embedding":  # the input is one-hot
         input_BTT.copy_(first.input[:, :, None] == first.input[:, None, :])
         return length
     if first.window is not None:
-        patches.gram(first.input.float(), first.window, out_BTT=input_BTT)
+        patches.gram(first.input.double(), first.window, out_BTT=input_BTT)
         length += first.window.area * first.input.shape[1]
     else:
-        blas.gram(first.input.float(), out_BTT=input_BTT)
+        input_BTD = first.input.double()
+        torch.bmm(input_BTD, input_BTD.mT, out=input_BTT)
         length += first.input.shape[2]
     if first.layer.bias is not None:
         input_BTT += 1.0
@@ -414,6 +464,73 @@ def _stackable(pending: Sequence[Sequence[Operands]], group: Sequence[Operands])
 # --- the clipped sum ------------------------------------------------------------------------------
 
 
+def record_rounding(terms: Sequence[Operands | Products], unit: float) -> float:
+    """How far the whole units that a record adds can lie from its clipped gradient, in L2 norm.
+
+    Half a unit for each coordinate; for an embedding, whose tokens are rounded one by one and may
+    meet in a row, for each token and width.
+    """
+    squares = 0
+    for term in terms:
+        if term.layer.kind == "embedding":
+            tokens, width = term.grad_BTO.shape[1:]
+            squares += tokens**2 * width
+        else:
+            places = (term.layer.weight, term.layer.bias)
+            squares += sum(p.stop - p.start for p in places if p is not None)
+    return 0.5 * unit * math.sqrt(squares)
+
+
+def add_records(
+    terms: Sequence[Operands | Products],
+    factor_B: Tensor,
+    out_P: Tensor,
+    *,
+    grid: float,
+    unit: float,
+) -> None:
+    """Add sum_b round(factor_b G_b / unit) unit / grid to ``out_P``: float64, integers all.
+
+    What a record adds depends on it alone; those with factor 0 are not read.
+    """
+    factor_B, step = factor_B / unit, unit / grid
+    for term in reversed(terms):  # the last ones may still be in the processor's cache
+        layer = term.layer
+        weight_P = None if layer.weight is None else out_P[layer.weight]
+        bias_P = None if layer.bias is None else out_P[layer.bias]
+        if isinstance(term, Products):
+            for rows, out in ((term.weight, weight_P), (term.bias, bias_P)):
+                if out is not None:
+                    native.add_rows(rows, factor_B, step=step, out_P=out)
+        elif layer.kind == "embedding":
+            _add_rows_of_table(term, factor_B, weight_P, step)
+        else:
+            input_BTD, pairs = _tokens(term)
+            weight_ODA = weight_P.view(term.grad_BTO.shape[2], input_BTD.shape[2], -1)
+            native.add_records(
+                *(term.grad_BTO.float(), input_BTD, factor_B, pairs),
+                step=step,
+                weight_ODA=weight_ODA,
+                bias_O=bias_P,
+            )
+
+
+def _tokens(operands: Operands) -> tuple[Tensor, native.Pairs]:
+    """The input tokens of a layer, float32 (B, T, D), and which of them meet which outputs."""
+    seen, window = operands.input.float(), operands.window
+    if window is None:
+        return seen, native.straight(seen.shape[1])
+    return patches.pixels(seen, window), patches.pairs(window, *seen.shape[2:])
+
+
+def _add_rows_of_table(operands: Operands, factor_B: Tensor, out_P: Tensor, step: float) -> None:
+    """An embedding's sum: every token's gradient, rounded, goes to its row of the table."""
+    out_B = (factor_B == 0).nonzero().flatten()
+    grad_BTO = operands.grad_BTO.double().mul_(factor_B[:, None, None]).round_()
+    grad_NO = _fill(grad_BTO, out_B).mul_(step).flatten(0, 1)
+    out_P.view_as(operands.layer.module.weight).index_add_(0, operands.input.flatten(), grad_NO)
+
+
 def weighted_sum(
     terms: Sequence[Operands | Products],
     factor_B: Tensor,
@@ -434,31 +551,8 @@ def weighted_sum(
     for group in _by_input(terms):
         if group[0].layer.kind == "embedding":
             _emit_rows(group[0], factor_B, out_B, emit)
-        elif group[0].window is not None and scratch.dtype == torch.float64:
-            for operands in group:
-                _emit_patches(operands, factor_B, scratch, emit)
         else:
             _emit_contractions(group, factor_B, scratch, emit)
-
-
-def contract(
-    grad_NO: Tensor, input_ND: Tensor, out_OD: Tensor, scratch: _Scratch, *, add: bool
-) -> None:
-    """out = grad^T input, or out += it, in float64. Float32 operands are summed in float32 over
-    chunks of at most 64 tokens, and in float64 from there."""
-    if grad_NO.dtype != torch.float32:
-        blas.product(grad_NO, input_ND, out_OD=out_OD, add=add)
-        return
-    chunks, rest = divmod(len(grad_NO), _CHUNK)
-    sums_COD = scratch.take("chunks", (chunks + (rest > 0), *out_OD.shape), torch.float32)
-    grad_CNO, input_CND = (
-        x[: chunks * _CHUNK].unflatten(0, (-1, _CHUNK)) for x in (grad_NO, input_ND)
-    )
-    torch.bmm(grad_CNO.mT, input_CND, out=sums_COD[:chunks])
-    if rest:
-        torch.mm(grad_NO[-rest:].T, input_ND[-rest:], out=sums_COD[-1])
-    sum_OD = torch.sum(sums_COD, 0, dtype=torch.float64)
-    out_OD.add_(sum_OD) if add else out_OD.copy_(sum_OD)
 
 
 def _emit_contractions(
@@ -467,51 +561,38 @@ def _emit_contractions(
     scratch: _Scratch,
     emit: Callable[[slice, Tensor], None],
 ) -> None:
-    """One product for all layers that read the same input, their outputs side by side; over some
-    records after the other, so that copies in the working precision stay small."""
+    """One product in float64 for all layers that read the same input, their outputs side by side;
+    over some records after the other, so that copies in float64 stay small."""
     first, widths = group[0], [operands.grad_BTO.shape[2] for operands in group]
-    seen = first.input if first.window is None else patches.tokens(first.input, first.window)
-    records, tokens, width = seen.shape
-    swapped = sum(widths) > width  # the larger width last: BLAS libraries do that faster
-    shape = (width, sum(widths)) if swapped else (sum(widths), width)
-    out = scratch.take("out", shape, torch.float64)
-    bias_O = out.new_zeros(sum(widths)) if first.layer.bias is not None else None
-    step = max(1, _COPIED_TOKENS // tokens)
+    records, tokens = first.grad_BTO.shape[:2]
+    weights = first.layer.module.weight[0].numel()
+    out = scratch.zeros("sum", (sum(widths), weights))
+    bias_O = scratch.zeros("bias", (sum(widths),)) if first.layer.bias is not None else None
+    step = max(1, _COPIED_TOKENS[factor_B.device.type == "cpu"] // tokens)
     for start in range(0, records, step):
         chunk = slice(start, start + step)
-        factor_b11 = factor_B[chunk, None, None].to(scratch.dtype)
+        factor_b11 = factor_B[chunk, None, None]
         out_b = (factor_b11 == 0).flatten().nonzero().flatten()
-        input_bTD = scratch.copy("input", seen[chunk])
-        grad_bTO = scratch.take("grad", (*input_bTD.shape[:2], sum(widths)), scratch.dtype)
+        if first.window is None:
+            seen = first.input[chunk]
+        else:
+            draws = first.window.draws
+            rows = slice(start * draws, (start + step) * draws)
+            seen = patches.tokens(first.input[rows], first.window)
+        input_bTD = scratch.copy("input", seen)
+        grad_bTO = scratch.take("grad", (*input_bTD.shape[:2], sum(widths)), torch.float64)
         for operands, columns_bTO in zip(group, grad_bTO.split(widths, 2), strict=True):
             columns_bTO.copy_(operands.grad_BTO[chunk])
         _fill(grad_bTO.mul_(factor_b11), out_b)
-        pair = grad_bTO.flatten(0, 1), _fill(input_bTD, out_b).flatten(0, 1)
-        contract(*(reversed(pair) if swapped else pair), out, scratch, add=start > 0)
+        grad_NO, input_ND = grad_bTO.flatten(0, 1), _fill(input_bTD, out_b).flatten(0, 1)
+        out.addmm_(grad_NO.T, input_ND)
         if bias_O is not None:
-            bias_O += pair[0].sum(0, dtype=torch.float64)
-    if swapped:
-        out = scratch.take("swapped", (sum(widths), width), torch.float64).copy_(out.T)
+            bias_O += grad_NO.sum(0)
     if bias_O is not None:
         for operands, part_O in zip(group, bias_O.split(widths), strict=True):
             emit(operands.layer.bias, part_O)
     for operands, sum_OD in zip(group, out.split(widths), strict=True):
         emit(operands.layer.weight, sum_OD.flatten())
-
-
-def _emit_patches(
-    operands: Operands,
-    factor_B: Tensor,
-    scratch: _Scratch,
-    emit: Callable[[slice, Tensor], None],
-) -> None:
-    layer = operands.layer
-    weight_OCA, bias_O = patches.weighted_sum(
-        operands.input, operands.grad_BTO, factor_B, operands.window, scratch.take
-    )
-    if layer.bias is not None:
-        emit(layer.bias, bias_O)
-    emit(layer.weight, weight_OCA.flatten())
 
 
 def _emit_rows(
@@ -535,12 +616,9 @@ def _by_input(terms: Sequence[Operands | Products]) -> list[list[Operands]]:
 
 
 class _Scratch:
-    """Work space that is kept from layer to layer: fresh pages cost more than the copies.
+    """Work space that is kept from layer to layer: fresh pages cost more than the copies."""
 
-    ``dtype`` is that of the operands of contractions."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype = dtype
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self._space: dict[tuple[str, torch.dtype], Tensor] = {}
 
@@ -552,9 +630,13 @@ class _Scratch:
             self._space[name, dtype] = space
         return space[:length].view(*shape)
 
+    def zeros(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Zeros in float64."""
+        return self.take(name, shape, torch.float64).zero_()
+
     def copy(self, name: str, tensor: Tensor) -> Tensor:
-        """``tensor`` in the working precision."""
-        return self.take(name, tensor.shape, self.dtype).copy_(tensor)
+        """``tensor`` in float64."""
+        return self.take(name, tensor.shape, torch.float64).copy_(tensor)
 
 
 def _fill(tensor: Tensor, out_B: Tensor) -> Tensor:
@@ -639,7 +721,7 @@ def keep(layer: _Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Operands |
     if layer.kind in ("group_norm", "layer_norm"):
         return _norm_products(layer, seen, grad, draws=draws)
     if layer.kind == "embedding":
-        return _embedding_operands(layer, seen, grad, draws=draws)
+        return _with_squares(_embedding_operands(layer, seen, grad, draws=draws))
     window = patches.window_of(layer.module, draws) if layer.kind == "conv" else None
     if layer.kind == "conv":
         grad_BTO = patches.fold(grad.flatten(2).mT, draws)
@@ -652,16 +734,29 @@ def keep(layer: _Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Operands |
     width = kept.shape[2] if window is None else kept.shape[1]  # a pixel is read where it lies
     weights = layer.module.weight.numel()
     if weights > tokens * (width + out_width) and tokens <= _MOST_TOKENS:
-        return Operands(layer, kept, grad_BTO, window)
+        with _plain_arithmetic(grad.device):
+            return _with_squares(Operands(layer, kept, grad_BTO, window))
     with _plain_arithmetic(grad.device):
         input_BTD = kept if window is None else patches.tokens(kept, window)
-        weight_BP = blas.products(grad_BTO.float(), input_BTD.float()).flatten(1)
+        weight_BP = torch.bmm(grad_BTO.float().mT, input_BTD.float()).flatten(1)
     return Products(layer, weight_BP, None if layer.bias is None else grad_BTO.float().sum(1))
 
 
 def _norm_products(layer: _Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Products:
     """Per-record gradients of a norm's scale (sum of gradient times normalised input) and shift."""
     module, grad = layer.module, grad.float()
+    if native.serves(grad.device):
+        groups, records = getattr(module, "num_groups", 1), len(grad) // draws
+        if layer.kind == "group_norm":
+            pair = seen.flatten(2), grad.flatten(2)
+        else:
+            width = math.prod(module.normalized_shape)
+            pair = seen.reshape(-1, width, 1), grad.reshape(-1, width, 1)
+        scale_BW, shift_BW = native.norm_products(
+            pair[0].float(), pair[1], records=records, groups=groups, eps=module.eps
+        )
+        weight, bias = layer.weight is not None, layer.bias is not None
+        return Products(layer, scale_BW if weight else None, shift_BW if bias else None)
     if layer.kind == "group_norm":
         normal = F.group_norm(seen.float(), module.num_groups, eps=module.eps)
         sums, width = tuple(range(2, grad.dim())), grad.shape[1]
@@ -781,6 +876,11 @@ def _check_numbers(*, clip_norm: float, draws: int, grid: float) -> None:
         raise PrivacyError(
             f"clip_norm is {clip_norm / grid:.3g} grid units: expected at most 2^40."
         )
+
+
+def _unit_of_records(clip_norm: float, grid: float) -> float:
+    """A power of two: what a record adds to a coordinate is at most ``native.LARGEST`` of it."""
+    return max(grid, 2.0 ** math.ceil(math.log2(clip_norm)) / native.LARGEST)
 
 
 def _rows(loss_R: Tensor, rows: int) -> Tensor:

@@ -11,16 +11,15 @@ record.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpldm_dist.privacy import blas
-
-Take = Callable[[str, Sequence[int], torch.dtype], Tensor]
+from dpldm_dist.privacy import native
 
 
 @dataclass(frozen=True)
@@ -75,57 +74,45 @@ def tokens(images_RCHW: Tensor, window: Window) -> Tensor:
     return fold(patches_RDT.mT, window.draws)
 
 
+def pixels(images_RCHW: Tensor, window: Window) -> Tensor:
+    """The pixels of each record, (B, K H W, C)."""
+    return fold(images_RCHW.flatten(2).mT, window.draws)
+
+
+@functools.lru_cache(maxsize=256)
+def pairs(window: Window, height: int, width: int) -> native.Pairs:
+    """Which pixel each place of the window shows to which output token; padding to none."""
+    image = torch.arange(window.draws * height * width, dtype=torch.int32)
+    (top, left), sides = window.padding, (window.padded(height, 0), window.padded(width, 1))
+    padded = torch.full((window.draws, *sides), -1, dtype=torch.int32)
+    padded[:, top : top + height, left : left + width] = image.view(window.draws, height, width)
+    inputs, outputs = [], []
+    for vertical, horizontal in _places(height, width, window):
+        seen = padded[:, vertical, horizontal].flatten()
+        inputs.append(seen[seen >= 0])
+        outputs.append((seen >= 0).nonzero().flatten().int())
+    counts = torch.tensor([0, *(len(tokens) for tokens in inputs)])
+    return native.Pairs(counts.cumsum(0), torch.cat(inputs), torch.cat(outputs))
+
+
 def gram(images_RCHW: Tensor, window: Window, *, out_BTT: Tensor) -> None:
-    """Inner products of the patches of each record, float32: sums of C * A products."""
+    """Inner products of the patches of each record: sums of C * A products."""
     rows, _, height, width = images_RCHW.shape
     records, draws = rows // window.draws, window.draws
-    pixels_BSC = fold(images_RCHW.flatten(2).mT, draws)
-    pairs_BSS = pixels_BSC.new_empty(records, *[pixels_BSC.shape[1]] * 2)
-    blas.gram(pixels_BSC, out_BTT=pairs_BSS)
+    pixels_BSC = pixels(images_RCHW, window)
+    pairs_BSS = torch.bmm(pixels_BSC, pixels_BSC.mT)
     high, wide = window.padded(height, 0), window.padded(width, 1)
     (top, left), image = window.padding, (draws, height, width)
     padded = pairs_BSS.new_zeros(draws, high, wide, draws, high, wide, records)
     inside = (slice(None), slice(top, top + height), slice(left, left + width))
     padded[inside * 2] = pairs_BSS.view(records, *image, *image).movedim(0, -1)
     sums = 0
-    for vertical, horizontal in _places(images_RCHW, window):
+    for vertical, horizontal in _places(height, width, window):
         sums += padded[(slice(None), vertical, horizontal) * 2]
     out_BTT.view(records, *sums.shape[:-1]).copy_(sums.movedim(-1, 0))
 
 
-def weighted_sum(
-    images_RCHW: Tensor, grad_BTO: Tensor, factor_B: Tensor, window: Window, take: Take
-) -> tuple[Tensor, Tensor]:
-    """Sum over records of factor_b times the gradients of weight, (O, C, A), and bias, (O,); both
-    float64 and work space. Whatever records of factor 0 hold counts as zero."""
-    rows, channels, height, width = images_RCHW.shape
-    (top, left), outputs = window.padding, grad_BTO.shape[2]
-    factor_R = factor_B.repeat_interleave(window.draws)
-    out_R = (factor_R == 0).nonzero().flatten()
-
-    size = (window.padded(height, 0), window.padded(width, 1), rows, channels)
-    seen = take("images", size, torch.float64).zero_()
-    inside = seen[top : top + height, left : left + width]
-    inside.copy_(images_RCHW.permute(2, 3, 0, 1)).index_fill_(2, out_R, 0.0)
-
-    high, wide = window.output(height, 0), window.output(width, 1)
-    grad = take("grad", (high, wide, rows, outputs), torch.float64)
-    grad.copy_(grad_BTO.reshape(rows, high, wide, outputs).permute(1, 2, 0, 3))
-    grad.mul_(factor_R[:, None]).index_fill_(2, out_R, 0.0)
-
-    sums_ACO = take("places", (window.area, channels, outputs), torch.float64)
-    for sum_CO, (vertical, horizontal) in zip(sums_ACO, _places(images_RCHW, window), strict=True):
-        shifted = seen[vertical, horizontal]
-        for row in range(high):
-            pixels_NC, grad_NO = shifted[row].reshape(-1, channels), grad[row].flatten(0, 1)
-            blas.product(pixels_NC, grad_NO, out_OD=sum_CO, add=row > 0)
-    sum_OCA = take("out", (outputs, channels, window.area), torch.float64)
-    sum_OCA.copy_(sums_ACO.permute(2, 1, 0))
-    return sum_OCA, grad.flatten(0, 2).sum(0)
-
-
-def _places(images_RCHW: Tensor, window: Window) -> Iterator[tuple[slice, slice]]:
-    height, width = images_RCHW.shape[2:]
+def _places(height: int, width: int, window: Window) -> Iterator[tuple[slice, slice]]:
     for vertical in window.slices(height, 0):
         for horizontal in window.slices(width, 1):
             yield vertical, horizontal

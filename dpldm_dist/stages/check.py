@@ -20,6 +20,7 @@ import torch
 
 from dpldm_dist.config import Config, RunConfig
 from dpldm_dist.errors import ConfigError, DpldmError, RunError
+from dpldm_dist.privacy import native
 from dpldm_dist.runtime.launch import Job, launch
 from dpldm_dist.runtime.memory import free_memory
 from dpldm_dist.runtime.probes import (
@@ -112,9 +113,19 @@ def _device(run: RunConfig) -> str:
     if run.launcher == "ray" and run.ray_address != "local":
         return f"run.device = {run.device}, decided by the cluster"
     if resolved_device(run) == "cpu":
-        return f"cpu ({torch.cuda.device_count()} GPUs found)"
+        return f"cpu ({torch.cuda.device_count()} GPUs found), {_engine()}"
     names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return ", ".join(f"{gpu.name} {gpu.total_memory / 2**30:.0f} GB" for gpu in names)
+
+
+def _engine() -> str:
+    """Who computes per-record gradients on a CPU."""
+    if native.serves(torch.device("cpu")):
+        return f"gradient engine with {native.name()}"
+    return (
+        "gradient engine without compiled kernels: slower, not wrong. Where there is a C compiler "
+        "(gcc) and an x86-64 processor, install this package again"
+    )
 
 
 def _cores(run: RunConfig) -> str:

@@ -1,5 +1,7 @@
 """Convolutions read where pixels lie equal convolutions of patches that are formed."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -25,10 +27,6 @@ def made(case: str, draws: int, *, records: int = 3):
     return images_RCHW, window, tokens_BTD, grad_BTO
 
 
-def fresh(name, shape, dtype):
-    return torch.full(shape, float("nan"), dtype=dtype)
-
-
 @pytest.mark.parametrize("draws", [1, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_inner_products_equal_those_of_patches(case, draws):
@@ -40,24 +38,16 @@ def test_inner_products_equal_those_of_patches(case, draws):
 
 @pytest.mark.parametrize("draws", [1, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_the_weighted_sum_equals_that_of_patches(case, draws):
-    images_RCHW, window, tokens_BTD, grad_BTO = made(case, draws)
-    factor_B = torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
-    weight_OCA, bias_O = patches.weighted_sum(images_RCHW, grad_BTO, factor_B, window, fresh)
-    expected_OD = torch.einsum("b,bto,btd->od", factor_B, grad_BTO.double(), tokens_BTD.double())
-    torch.testing.assert_close(weight_OCA.flatten(1), expected_OD, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(bias_O, torch.einsum("b,bto->o", factor_B, grad_BTO.double()))
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_records_of_factor_zero_count_as_zero_whatever_they_hold(bad):
-    images_RCHW, window, _, grad_BTO = made("3 x 3", 2)
-    factor_B = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
-    clean = patches.weighted_sum(images_RCHW, grad_BTO, factor_B, window, fresh)
-    images_RCHW[2], grad_BTO[1, 0] = bad, bad
-    spoiled = patches.weighted_sum(images_RCHW, grad_BTO, factor_B, window, fresh)
-    for one, other in zip(clean, spoiled, strict=True):
-        assert torch.equal(one, other)
+def test_pairs_of_pixels_and_outputs_make_the_patches(case, draws):
+    images_RCHW, window, tokens_BTD, _ = made(case, draws)
+    pairs = patches.pairs(window, *images_RCHW.shape[2:])
+    pixels_BSC = patches.pixels(images_RCHW, window)
+    found_BTCA = torch.zeros(*tokens_BTD.shape[:2], 4, window.area)
+    for place, (start, stop) in enumerate(itertools.pairwise(pairs.starts.tolist())):
+        seen, shown = pairs.input_token[start:stop], pairs.grad_token[start:stop]
+        assert len(set(shown.tolist())) == stop - start  # a pixel at most for each output
+        found_BTCA[:, shown.long(), :, place] = pixels_BSC[:, seen.long()]
+    assert torch.equal(found_BTCA.flatten(2), tokens_BTD)
 
 
 def test_one_pixel_at_a_time_needs_no_window():

@@ -24,7 +24,7 @@ from dpldm_dist.models.latent_gaussian import LatentGaussian
 from dpldm_dist.models.trainable import select_trainable, verify_all_learn
 from dpldm_dist.models.unet import unet_layers
 from dpldm_dist.models.warmup import balanced_grad_scale, fit_to_gaussian
-from dpldm_dist.privacy import blas, statistics
+from dpldm_dist.privacy import native, statistics
 from dpldm_dist.privacy.blocks import BLOCK
 from dpldm_dist.privacy.dataset_ledger import Reservation
 from dpldm_dist.privacy.ledger import Attempt, SharedLedger
@@ -106,7 +106,7 @@ def lineage(
         "data": commitment(run_key, "latents", latents.manifest.digest.encode()),
         "layout": f"{plan.lanes} lanes of balanced size, microbatches of {plan.microbatch}, "
         f"blocks of {BLOCK}",
-        "arithmetic": f"{arithmetic(worker.device)}, {blas.name()}",
+        "arithmetic": f"{arithmetic(worker.device)}, {native.name()}",
         "threads": str(torch.get_num_threads()),
         "code": __version__,
     }

@@ -1,0 +1,255 @@
+"""Compiled arithmetic of the gradient engine for x86-64 processors: ``records.c``.
+
+Made when the package is installed, where a C compiler is there; without it, or on another device,
+the engine uses PyTorch, which takes more time.
+
+Formal guarantees: what a record adds to a sum is a vector of whole units that depends on that
+record's operands and factor alone, each coordinate within half a unit of the float32 value; sums
+over records are exact; whatever the number of threads, the bits are the same. A record of factor 0
+is not read. ``sum_roundings`` and ``product_roundings`` bound the float32 roundings.
+
+Shapes: B records, T tokens of a record, D and O widths of a layer's input and output, A places of
+a convolution's window (1 for other layers). Operands may lie in memory in any order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_KERNELS = {"AVX512": "_records_avx512", "AVX2": "_records_avx2"}
+_HIGH, _WIDE = 3, 64  # outputs and inputs of a tile
+LARGEST = 2.0**27
+"""Units that a record may add to a coordinate."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Which input token meets which output token, place after place: ``starts`` int64 (A + 1,),
+    the others int32."""
+
+    starts: Tensor
+    input_token: Tensor
+    grad_token: Tensor
+
+
+class _Numbers(ctypes.Structure):
+    _fields_ = [
+        ("at", ctypes.c_void_p),
+        ("record", ctypes.c_int64),
+        ("row", ctypes.c_int64),
+        ("column", ctypes.c_int64),
+    ]
+
+    @classmethod
+    def of(cls, tensor_BTD: Tensor) -> _Numbers:
+        return cls(tensor_BTD.data_ptr(), *tensor_BTD.stride())
+
+
+class _Task(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("records", "input_tokens", "inputs")),
+        *((name, ctypes.c_int64) for name in ("grad_tokens", "places")),
+        *((name, _Numbers) for name in ("input", "grad")),
+        *((name, ctypes.c_void_p) for name in ("starts", "input_token", "grad_token", "factor")),
+        *(("step", ctypes.c_double), ("out", ctypes.c_void_p)),
+        *((name, ctypes.c_int64) for name in ("out_place", "out_row", "out_column")),
+        ("bias", ctypes.c_void_p),
+    ]
+
+
+def name() -> str:
+    """Which kernels there are: they decide the last bits."""
+    return "no compiled kernels" if _library() is None else f"kernels for {_processor()}"
+
+
+def serves(device: torch.device) -> bool:
+    """Whether tensors of ``device`` can be given to this module."""
+    return device.type == "cpu" and _library() is not None
+
+
+def sum_roundings(tokens: int) -> int:
+    """Float32 roundings behind what ``tokens`` tokens of a record come to, at most."""
+    return _library().dpldm_sum_roundings(tokens)
+
+
+def product_roundings(width: int) -> int:
+    """Float32 roundings behind an inner product of ``norms``, at most."""
+    return _library().dpldm_product_roundings(width)
+
+
+@functools.lru_cache(maxsize=256)
+def straight(tokens: int) -> Pairs:
+    """Every token meets itself."""
+    each = torch.arange(tokens, dtype=torch.int32)
+    return Pairs(torch.tensor([0, tokens]), each, each)
+
+
+def add_records(
+    grad_BTO: Tensor,
+    input_BTD: Tensor,
+    factor_B: Tensor,
+    pairs: Pairs,
+    *,
+    step: float,
+    weight_ODA: Tensor,
+    bias_O: Tensor | None = None,
+) -> None:
+    """weight[:, :, a] += step * sum_b round(factor_b sum_p grad[b, p'] input[b, p'']^T) over the
+    pairs p of place a, and bias += step * sum_b round(factor_b sum_t grad[b, t]).
+
+    Operands float32; ``factor_B`` float64, contiguous; results float64. The caller makes sure that
+    what is rounded is at most ``LARGEST``.
+    """
+    outputs, inputs, places = weight_ODA.shape
+    if 2 * _work(high=inputs, wide=outputs) < _work(high=outputs, wide=inputs):
+        if bias_O is not None:
+            add_rows(
+                grad_BTO.sum(1, dtype=torch.float64).float(), factor_B, step=step, out_P=bias_O
+            )
+        add_records(
+            *(input_BTD, grad_BTO, factor_B),
+            Pairs(pairs.starts, pairs.grad_token, pairs.input_token),
+            step=step,
+            weight_ODA=weight_ODA.transpose(0, 1),
+        )
+        return
+    tables = (pairs.starts, pairs.input_token, pairs.grad_token, factor_B)
+    task = _Task(
+        *(len(factor_B), input_BTD.shape[1], inputs, grad_BTO.shape[1], places),
+        *(_Numbers.of(input_BTD), _Numbers.of(grad_BTO)),
+        *(table.data_ptr() for table in tables),
+        *(step, weight_ODA.data_ptr()),
+        *(weight_ODA.stride(axis) for axis in (2, 0, 1)),
+        None if bias_O is None else bias_O.data_ptr(),
+    )
+    run = _library().dpldm_sum
+    _in_parts(outputs, lambda first, last: run(ctypes.byref(task), first, last), least=_HIGH)
+
+
+def _work(*, high: int, wide: int) -> int:
+    """Of a sum, in numbers of its tiles, which are filled with zeros."""
+    return -(-high // _HIGH) * _HIGH * -(-wide // _WIDE) * _WIDE
+
+
+def add_rows(rows_BP: Tensor, factor_B: Tensor, *, step: float, out_P: Tensor) -> None:
+    """out += step * sum_b round(factor_b rows_b); types and condition as in ``add_records``."""
+    rows_BP = rows_BP.contiguous()
+    head = (len(factor_B), rows_BP.data_ptr(), len(out_P), factor_B.data_ptr(), step)
+    run = _library().dpldm_rows
+    _in_parts(len(out_P), lambda first, last: run(*head, out_P.data_ptr(), first, last), least=1024)
+
+
+def norms(
+    grad_BTO: Tensor,
+    input_BSD: Tensor | None,
+    *,
+    pairs: Pairs | None = None,
+    input_BTT: Tensor | None = None,
+    bias: bool,
+    floor: float,
+    gamma: float,
+    own: float,
+) -> Tensor:
+    """Of every record, float64 (4, B): the squared norm of sum_t g_t a_t^T, with a_t the input, or
+    1 beside it (``bias``); and gamma, 1 and own^2 times the square of sum_t |g_t| |a_t|.
+
+    With ``pairs``, a_t is what a window shows of the input. ``input_BTT`` gives the inner products
+    of the a_t instead. ``floor`` is added to squared lengths in that last sum.
+    """
+    records, tokens, outputs = grad_BTO.shape
+    found_4B = torch.empty(4, records, dtype=torch.float64)
+    grad, input, shape = _Numbers.of(grad_BTO), _Numbers(), (0, 0)
+    if input_BSD is not None:
+        input, shape = _Numbers.of(input_BSD), input_BSD.shape[1:]
+    tail = (tokens, ctypes.byref(grad), outputs, shape[0], ctypes.byref(input), shape[1])
+    tail += (None if input_BTT is None else input_BTT.data_ptr(),)
+    if pairs is None:
+        tail += (0, None, None, None)
+    else:
+        tables = (pairs.starts, pairs.input_token, pairs.grad_token)
+        tail += (len(pairs.starts) - 1, *(table.data_ptr() for table in tables))
+    tail += (int(bias), floor, gamma, own, records, found_4B.data_ptr())
+    run = _library().dpldm_norms
+    _in_parts(records, lambda first, last: run(first, last, *tail), least=1)
+    return found_4B
+
+
+def norm_products(
+    input_NCS: Tensor, grad_NCS: Tensor, *, records: int, groups: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Per-record gradients of scale and shift of a layer or group norm, float32 (B, C).
+
+    N / B rows of a record follow each other; each is normalised in ``groups`` of channels.
+    """
+    rows, channels, each = grad_NCS.shape
+    found_2BC = torch.empty(2, records, channels)
+    operands = [_Numbers.of(tensor) for tensor in (input_NCS, grad_NCS)]
+    tail = (rows // records, groups, channels, each, *map(ctypes.byref, operands), eps)
+    tail += tuple(part.data_ptr() for part in found_2BC)
+    run = _library().dpldm_norm_products
+    _in_parts(records, lambda first, last: run(first, last, *tail), least=1)
+    return found_2BC[0], found_2BC[1]
+
+
+def _in_parts(width: int, run: Callable[[int, int], int | None], *, least: int) -> None:
+    """``run`` for all of 0 ... ``width``, in multiples of ``least``, by as many threads as PyTorch
+    uses. Raises: MemoryError."""
+    threads = min(torch.get_num_threads(), -(-width // least))
+    if threads <= 1:
+        failures = [run(0, width)]
+    else:
+        step = -(-width // (threads * least)) * least
+        starts = range(0, width, step)
+        failures = list(_pool(threads).map(lambda s: run(s, min(s + step, width)), starts))
+    if any(failures):
+        raise MemoryError("No memory for a sum of per-record gradients: lower run.microbatch.")
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+def _processor() -> str:
+    return torch.backends.cpu.get_cpu_capability()
+
+
+@functools.cache
+def _library() -> Any:
+    """The kernels for this processor, or None."""
+    kernels = _KERNELS.get(_processor())
+    if kernels is None:
+        return None
+    ends = importlib.machinery.EXTENSION_SUFFIXES
+    files = [Path(__file__).with_name(kernels + end) for end in ends]
+    try:
+        library = ctypes.CDLL(str(next(file for file in files if file.exists())))
+        _declare(library)
+    except (StopIteration, OSError, AttributeError):  # not made, or made for another system
+        return None
+    return library
+
+
+def _declare(library: Any) -> None:
+    integer, pointer, double = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
+    library.dpldm_sum.argtypes = [pointer, integer, integer]
+    library.dpldm_rows.argtypes = [integer, pointer, integer, pointer, double]
+    library.dpldm_rows.argtypes += [pointer, integer, integer]
+    library.dpldm_rows.restype = None
+    library.dpldm_norms.argtypes = [*[integer] * 3, pointer, integer, integer, pointer, integer]
+    library.dpldm_norms.argtypes += [pointer, integer, *[pointer] * 3]
+    library.dpldm_norms.argtypes += [ctypes.c_int, *[double] * 3, integer, pointer]
+    library.dpldm_norm_products.argtypes = [*[integer] * 6, *[pointer] * 2]
+    library.dpldm_norm_products.argtypes += [ctypes.c_float, *[pointer] * 2]
+    for run in (library.dpldm_sum_roundings, library.dpldm_product_roundings):
+        run.argtypes, run.restype = [integer], integer

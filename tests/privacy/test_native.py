@@ -1,0 +1,188 @@
+"""The compiled kernels against float64, of operands in every order that the engine has."""
+
+import ctypes
+
+import pytest
+import torch
+
+from dpldm_dist.privacy import native
+
+pytestmark = pytest.mark.skipif(
+    not native.serves(torch.device("cpu")), reason="no compiled kernels on this machine"
+)
+ORDERS = ["by token", "by channel", "a part of wider rows", "with gaps"]
+SIZES = [(1, 1, 1, 1), (3, 16, 5, 7), (5, 4, 64, 3), (17, 9, 70, 200), (2, 100, 65, 4)]
+
+
+@pytest.fixture(params=["AVX512", "AVX2"])
+def kernels(request, monkeypatch):
+    """Each set of kernels that this processor can run."""
+    if request.param == "AVX512" != native._processor():
+        pytest.skip("this processor has no AVX-512")
+    monkeypatch.setattr(native, "_processor", lambda: request.param)
+    native._library.cache_clear()
+    assert native._library() is not None
+    yield request.param
+    native._library.cache_clear()
+
+
+def in_order(order: str, records: int, tokens: int, width: int) -> torch.Tensor:
+    """(records, tokens, width) of random numbers that lie in memory as ``order`` says."""
+    if order == "by token":
+        return torch.randn(records, tokens, width)
+    if order == "by channel":
+        return torch.randn(records, width, tokens).mT
+    if order == "a part of wider rows":
+        return torch.randn(records, tokens, width + 3)[:, :, 2:-1]
+    return torch.randn(records, tokens, 2 * width)[:, :, ::2]  # "with gaps"
+
+
+def sums(grad_BTO, input_BTD, factor_B, *, bias: bool = True):
+    outputs, inputs = grad_BTO.shape[2], input_BTD.shape[2]
+    weight_ODA = torch.zeros(outputs, inputs, 1, dtype=torch.float64)
+    bias_O = torch.zeros(outputs, dtype=torch.float64) if bias else None
+    native.add_records(
+        *(grad_BTO, input_BTD, factor_B, native.straight(grad_BTO.shape[1])),
+        step=1.0,
+        weight_ODA=weight_ODA,
+        bias_O=bias_O,
+    )
+    return weight_ODA[:, :, 0], bias_O
+
+
+@pytest.mark.parametrize("left", ORDERS)
+@pytest.mark.parametrize("right", ORDERS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_sums_are_those_of_float64_but_for_half_a_unit_of_each_record(kernels, left, right, sizes):
+    records, tokens, _, out_width = sizes
+    grad_BTO, input_BTD = in_order(left, records, tokens, out_width), in_order(right, *sizes[:3])
+    factor_B = torch.rand(records, dtype=torch.float64) * 1000
+    factor_B[records // 2] = 0.0
+    found_OD, found_O = sums(grad_BTO, input_BTD, factor_B)
+    wide = grad_BTO.double(), input_BTD.double()
+    exact_OD = torch.einsum("b,bto,btd->od", factor_B, *wide)
+    terms_OD = torch.einsum("b,bto,btd->od", factor_B, *(x.abs() for x in wide))
+    error = 1.1 * native.sum_roundings(tokens) * 2.0**-24
+    assert ((found_OD - exact_OD).abs() <= 0.5 * records + error * terms_OD).all()
+    exact_O, terms_O = (torch.einsum("b,bto->o", factor_B, x) for x in (wide[0], wide[0].abs()))
+    assert ((found_O - exact_O).abs() <= 0.5 * records + error * terms_O).all()
+    assert torch.equal(found_OD, found_OD.round()) and torch.equal(found_O, found_O.round())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_record_of_factor_zero_is_not_read(kernels, bad):
+    grad_BTO, input_BTD = torch.randn(5, 8, 6), torch.randn(5, 8, 9)
+    factor_B = torch.tensor([1.0, 3.0, 0.0, 2.0, 5.0], dtype=torch.float64) * 100
+    clean = sums(grad_BTO, input_BTD, factor_B)
+    rows_BP, out_P = torch.randn(5, 33), torch.zeros(2, 33, dtype=torch.float64)
+    native.add_rows(rows_BP, factor_B, step=1.0, out_P=out_P[0])
+    grad_BTO[2], input_BTD[2, 3], rows_BP[2] = bad, bad, bad
+    for one, other in zip(clean, sums(grad_BTO, input_BTD, factor_B), strict=True):
+        assert torch.equal(one, other)
+    native.add_rows(rows_BP, factor_B, step=1.0, out_P=out_P[1])
+    assert torch.equal(out_P[0], out_P[1]) and out_P.any()
+
+
+@pytest.mark.parametrize("records", [15, 16, 47])
+def test_the_largest_numbers_that_are_promised_do_not_overflow(kernels, records):
+    """More records than an int32 holds, each with the most units that it may add."""
+    ones_BT1 = torch.ones(records, 1, 1)
+    factor_B = torch.full((records,), native.LARGEST, dtype=torch.float64)
+    weight_OD, bias_O = sums(ones_BT1, ones_BT1, factor_B)
+    out_P = torch.zeros(1, dtype=torch.float64)
+    native.add_rows(ones_BT1[:, 0], factor_B, step=1.0, out_P=out_P)
+    assert weight_OD.item() == bias_O.item() == out_P.item() == records * native.LARGEST
+
+
+def test_rows_are_rounded_one_by_one(kernels):
+    rows_BP = torch.randn(40, 700) * 10
+    factor_B = torch.rand(40, dtype=torch.float64)
+    factor_B[7] = 0.0
+    out_P = torch.full((700,), 5.0, dtype=torch.float64)
+    native.add_rows(rows_BP, factor_B, step=0.25, out_P=out_P)
+    rounded_BP = (factor_B[:, None] * rows_BP.double()).float().round().double()
+    assert torch.equal(out_P, 5.0 + 0.25 * rounded_BP.sum(0))
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_threads_change_no_bit(kernels, threads):
+    grad_BTO, input_BTD = torch.randn(33, 16, 130), torch.randn(33, 16, 64)
+    factor_B = torch.rand(33, dtype=torch.float64) * 1000
+
+    def everything():
+        norms = native.norms(grad_BTO, input_BTD, bias=True, floor=0.0, gamma=1.0, own=1.0)
+        out_P = torch.zeros(2080, dtype=torch.float64)
+        native.add_rows(grad_BTO.flatten(1), factor_B, step=1.0, out_P=out_P)
+        return *sums(grad_BTO, input_BTD, factor_B), norms, out_P
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = everything()
+        torch.set_num_threads(threads)
+        for one, other in zip(alone, everything(), strict=True):
+            assert torch.equal(one, other)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("left", ORDERS)
+@pytest.mark.parametrize("right", ORDERS)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_norms_are_those_of_float64_within_their_bound(kernels, left, right, sizes, bias):
+    records, tokens, width, out_width = sizes
+    grad_BTO, input_BTD = in_order(left, records, tokens, out_width), in_order(right, *sizes[:3])
+    length = native.product_roundings(out_width) + native.product_roundings(width)
+    gamma = 1.1 * length * 2.0**-24
+    found_4B = native.norms(grad_BTO, input_BTD, bias=bias, floor=0.0, gamma=gamma, own=0.5)
+    wide = grad_BTO.double(), input_BTD.double()
+    exact_B = torch.einsum("bto,btd->bod", *wide).square().sum((1, 2))
+    exact_B += bias * wide[0].sum(1).square().sum(1)
+    lengths = wide[0].norm(dim=2), (wide[1].square().sum(2) + bias).sqrt()
+    absolute_B = (lengths[0] * lengths[1]).sum(1).square()
+    torch.testing.assert_close(found_4B[2], absolute_B, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(found_4B[1], gamma * found_4B[2])
+    torch.testing.assert_close(found_4B[3], 0.25 * found_4B[2])
+    assert ((found_4B[0] - exact_B).abs() <= found_4B[1]).all()
+    given_BTT = (wide[1] @ wide[1].mT).float()
+    again_4B = native.norms(
+        grad_BTO, None, input_BTT=given_BTT, bias=bias, floor=0.0, gamma=gamma, own=0.5
+    )
+    torch.testing.assert_close(again_4B, found_4B, rtol=1e-5, atol=float(found_4B[1].max()))
+
+
+def test_what_is_not_finite_stays_in_its_record(kernels):
+    grad_BTO, input_BTD = torch.randn(3, 4, 5), torch.randn(3, 4, 6)
+    grad_BTO[1, 2, 3] = float("nan")
+    found_4B = native.norms(grad_BTO, input_BTD, bias=True, floor=0.0, gamma=1.0, own=1.0)
+    assert found_4B[:, [0, 2]].isfinite().all() and found_4B[:, 1].isnan().all()
+
+
+def test_numbers_below_the_normal_ones_count_though_the_process_flushes_them(kernels):
+    """As PyTorch may be told to; afterwards it is as it was told."""
+    tiny = torch.full((1, 1, 1), 2.0**-130)
+    factor_B = torch.tensor([2.0**130 * 1000], dtype=torch.float64)
+    torch.set_flush_denormal(True)
+    try:
+        weight_OD, _ = sums(tiny, torch.ones(1, 1, 1), factor_B, bias=False)
+        assert (tiny * 1.0).item() == 0.0
+    finally:
+        torch.set_flush_denormal(False)
+    assert weight_OD.item() == 1000.0
+
+
+@pytest.mark.parametrize("missing", ["processor", "file", "function"])
+def test_without_kernels_nothing_is_served(missing, monkeypatch, tmp_path):
+    if missing == "processor":
+        monkeypatch.setattr(native, "_processor", lambda: "DEFAULT")
+    elif missing == "file":
+        monkeypatch.setattr(native, "_KERNELS", {native._processor(): "_records_elsewhere"})
+    else:
+        monkeypatch.setattr(ctypes, "CDLL", lambda path: object())
+    native._library.cache_clear()
+    try:
+        assert not native.serves(torch.device("cpu"))
+        assert native.name() == "no compiled kernels"
+    finally:
+        native._library.cache_clear()
