@@ -62,7 +62,10 @@ def ours(cell: Cell, clip_norm: float) -> Step:
     def run() -> None:
         engine.add(lambda: cell.losses(cell.denoiser), mask_B)
 
-    return Step(run, lambda: engine.take_sum().double() * grid, lambda: None)
+    def forget() -> None:
+        engine.take_sum()
+
+    return Step(run, lambda: engine.take_sum().double() * grid, forget)
 
 
 def opacus_hooks(cell: Cell, clip_norm: float) -> Step:

@@ -91,13 +91,12 @@ def probe(cell: Cell, method: str) -> Row:
 
         def make() -> Any:
             made.append(METHODS[method](mine, clip_norm))
-            return made[0].run
+            return lambda: (made[0].forget(), made[0].run())
 
         mine = own_copy(cell)
         peak = peak_bytes(make, cell.device)
         (step,) = made
         step.forget()
-        step.result() if method == "ours" else None  # from zero
         operations = performed(step.run)
         row: Row = {"peak_bytes": peak, "flops_performed": operations, "note": step.note}
         if method not in ("nonprivate", "ours"):
@@ -142,13 +141,13 @@ def _times(
     clip_norm = clip_norm_of(cell)
     steps = {name: METHODS[name](own_copy(cell), clip_norm) for name in methods}
 
-    def between(name: str) -> None:
-        if name == "ours":
-            steps[name].result()
-        steps[name].forget()
-
     runs = {name: step.run for name, step in steps.items()}
-    return in_turns(runs, turns=options.turns, device=cell.device, between=between)
+    return in_turns(
+        runs,
+        turns=options.turns,
+        device=cell.device,
+        between=lambda name: steps[name].forget(),
+    )
 
 
 def _timings(cell: Cell, times: dict[str, list[Times]], method: str) -> Row:

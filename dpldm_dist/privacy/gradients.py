@@ -44,6 +44,7 @@ _LEAST_RATIO = 2.0**-8  # of a norm to its Cauchy bound
 _MOST_UNITS = 2.0**40  # clip_norm in grid units: float64 rounds sums of a microbatch exactly
 _LARGEST_SQUARE = float(torch.finfo(torch.float32).max)
 _COPIED_TOKENS = (2**16, 1024)  # tokens that lie in float64 at a time: on a device, on a CPU
+_CONVERTED_NUMBERS = 2**20  # of a sum that become integers at a time
 _STACKED_NUMBERS = 2**20  # Gram matrices handled by one operation
 
 
@@ -174,9 +175,7 @@ class PerRecordGradients:
         self._layers = find_layers(model, self._parameters, self._places)
         self._device = next(iter(self._parameters.values())).device
         self._scratch = _Scratch(self._device)
-        self._part_P = self._zeros(
-            torch.float64, extra=0 if telemetry is None else TELEMETRY_NUMBERS
-        )
+        self._length = sum(p.stop - p.start for p in self._places.values())
         self._begin_sum()
 
     def add(self, losses: Callable[[], Tensor], mask_B: Tensor) -> None:
@@ -192,9 +191,10 @@ class PerRecordGradients:
             factor_B = clip_factors(
                 norms, mask_B & loss_B.isfinite(), clip_norm=self._clip_norm - self._lost(terms)
             )
-            self._sum(terms, factor_B, self._part_P, grid=self._grid, unit=self._unit)
+            part_P = self._part()
+            self._sum(terms, factor_B, part_P, grid=self._grid, unit=self._unit)
             if self._telemetry is not None:
-                self._part_P[-TELEMETRY_NUMBERS:] += self._telemetry.encode(loss_B, factor_B).sum(0)
+                part_P[-TELEMETRY_NUMBERS:] += self._telemetry.encode(loss_B, factor_B).sum(0)
             if self._watch is not None:
                 self._watch(RawRecords(loss_B, norms.square_B.sqrt(), factor_B, mask_B))
 
@@ -217,7 +217,7 @@ class PerRecordGradients:
         gradient; take 0.03 under bf16 autocast. Nothing is added to the sum.
         Raises: PrivacyError naming the parameter.
         """
-        ours_P = self._zeros(torch.float64)
+        ours_P = torch.zeros(self._length, dtype=torch.float64, device=self._device)
         with _same_dropout():
             terms, _ = self._differentiate(losses, mask_B)
         with _plain_arithmetic(self._device):
@@ -306,7 +306,15 @@ class PerRecordGradients:
 
     def _begin_sum(self) -> None:
         self._sum_P: Tensor | None = None
+        self._part_P: Tensor | None = None
         self._records = self._part_records = 0
+
+    def _part(self) -> Tensor:
+        """The float64 part of the sum, made after a backward pass: activations are gone then."""
+        if self._part_P is None:
+            length = self._length + (0 if self._telemetry is None else TELEMETRY_NUMBERS)
+            self._part_P = torch.zeros(length, dtype=torch.float64, device=self._device)
+        return self._part_P
 
     def _count(self, records: int) -> None:
         """Refuse what could overflow: every coordinate stays below 2^62 units, and below 2^52 in
@@ -324,15 +332,15 @@ class PerRecordGradients:
         return records * 2.0 * self._clip_norm / self._grid
 
     def _settle(self) -> None:
-        """Move the float64 part, whole numbers all, into the int64 sum."""
-        part_P = self._part_P.to(torch.int64)
-        self._sum_P = part_P if self._sum_P is None else self._sum_P.add_(part_P)
-        self._part_P.zero_()
+        """Move the float64 part, whole numbers all, into the int64 sum, which takes its memory."""
+        part_P = self._part()
+        whole_P = part_P.view(torch.int64)
+        for place in range(0, len(part_P), _CONVERTED_NUMBERS):
+            chunk = slice(place, place + _CONVERTED_NUMBERS)
+            whole_P[chunk] = part_P[chunk].to(torch.int64)
+        self._sum_P = whole_P if self._sum_P is None else self._sum_P.add_(whole_P)
+        self._part_P = None
         self._part_records = 0
-
-    def _zeros(self, dtype: torch.dtype, *, extra: int = 0) -> Tensor:
-        length = sum(place.stop - place.start for place in self._places.values())
-        return torch.zeros(length + extra, dtype=dtype, device=self._device)
 
 
 # --- norms and clipping ---------------------------------------------------------------------------
