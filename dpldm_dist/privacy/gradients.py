@@ -741,13 +741,23 @@ def keep(layer: _Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Operands |
     tokens, out_width = grad_BTO.shape[1:]
     width = kept.shape[2] if window is None else kept.shape[1]  # a pixel is read where it lies
     weights = layer.module.weight.numel()
-    if weights > tokens * (width + out_width) and tokens <= _MOST_TOKENS:
-        with _plain_arithmetic(grad.device):
-            return _with_squares(Operands(layer, kept, grad_BTO, window))
+    operands = Operands(layer, kept, grad_BTO, window)
     with _plain_arithmetic(grad.device):
-        input_BTD = kept if window is None else patches.tokens(kept, window)
-        weight_BP = torch.bmm(grad_BTO.float().mT, input_BTD.float()).flatten(1)
-    return Products(layer, weight_BP, None if layer.bias is None else grad_BTO.float().sum(1))
+        if weights > tokens * (width + out_width) and tokens <= _MOST_TOKENS:
+            return _with_squares(operands)
+        bias_BO = None if layer.bias is None else grad_BTO.float().sum(1)
+        return Products(layer, _products(operands), bias_BO)
+
+
+def _products(operands: Operands) -> Tensor:
+    """The gradients of a layer's weight, float32 (B, weights)."""
+    grad_BTO = operands.grad_BTO.float()
+    if native.serves(grad_BTO.device):
+        return native.products(grad_BTO, *_tokens(operands)).flatten(1)
+    seen, window = operands.input.float(), operands.window
+    return torch.bmm(grad_BTO.mT, seen if window is None else patches.tokens(seen, window)).flatten(
+        1
+    )
 
 
 def _norm_products(layer: _Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Products:

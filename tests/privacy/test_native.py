@@ -186,3 +186,16 @@ def test_without_kernels_nothing_is_served(missing, monkeypatch, tmp_path):
         assert native.name() == "no compiled kernels"
     finally:
         native._library.cache_clear()
+
+
+@pytest.mark.parametrize("left", ORDERS)
+@pytest.mark.parametrize("right", ORDERS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_products_of_records_are_those_of_float64(kernels, left, right, sizes):
+    records, tokens, _, out_width = sizes
+    grad_BTO, input_BTD = in_order(left, records, tokens, out_width), in_order(right, *sizes[:3])
+    found_BODA = native.products(grad_BTO, input_BTD, native.straight(tokens))
+    exact_BOD = grad_BTO.double().mT @ input_BTD.double()
+    terms_BOD = grad_BTO.double().abs().mT @ input_BTD.double().abs()
+    error = 1.1 * native.sum_roundings(tokens) * 2.0**-24
+    assert ((found_BODA[..., 0] - exact_BOD).abs() <= error * terms_BOD).all()

@@ -55,12 +55,15 @@ class _Numbers(ctypes.Structure):
         return cls(tensor_BTD.data_ptr(), *tensor_BTD.stride())
 
 
+_TABLES = ("starts", "input_token", "grad_token")
+
+
 class _Task(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("records", "input_tokens", "inputs")),
         *((name, ctypes.c_int64) for name in ("grad_tokens", "places")),
         *((name, _Numbers) for name in ("input", "grad")),
-        *((name, ctypes.c_void_p) for name in ("starts", "input_token", "grad_token", "factor")),
+        *((name, ctypes.c_void_p) for name in (*_TABLES, "factor")),
         *(("step", ctypes.c_double), ("out", ctypes.c_void_p)),
         *((name, ctypes.c_int64) for name in ("out_place", "out_row", "out_column")),
         ("bias", ctypes.c_void_p),
@@ -110,7 +113,7 @@ def add_records(
     Operands float32; ``factor_B`` float64, contiguous; results float64. The caller makes sure that
     what is rounded is at most ``LARGEST``.
     """
-    outputs, inputs, places = weight_ODA.shape
+    outputs, inputs, _ = weight_ODA.shape
     if 2 * _work(high=inputs, wide=outputs) < _work(high=outputs, wide=inputs):
         if bias_O is not None:
             add_rows(
@@ -123,17 +126,44 @@ def add_records(
             weight_ODA=weight_ODA.transpose(0, 1),
         )
         return
-    tables = (pairs.starts, pairs.input_token, pairs.grad_token, factor_B)
-    task = _Task(
-        *(len(factor_B), input_BTD.shape[1], inputs, grad_BTO.shape[1], places),
-        *(_Numbers.of(input_BTD), _Numbers.of(grad_BTO)),
-        *(table.data_ptr() for table in tables),
-        *(step, weight_ODA.data_ptr()),
-        *(weight_ODA.stride(axis) for axis in (2, 0, 1)),
-        None if bias_O is None else bias_O.data_ptr(),
-    )
+    task = _task(grad_BTO, input_BTD, pairs, weight_ODA)
+    task.factor, task.step, task.out = factor_B.data_ptr(), step, weight_ODA.data_ptr()
+    task.bias = None if bias_O is None else bias_O.data_ptr()
     run = _library().dpldm_sum
     _in_parts(outputs, lambda first, last: run(ctypes.byref(task), first, last), least=_HIGH)
+
+
+def products(grad_BTO: Tensor, input_BTD: Tensor, pairs: Pairs) -> Tensor:
+    """sum_p grad[b, p'] input[b, p'']^T of every record and place, float32 (B, O, D, A)."""
+    records, outputs, inputs = len(grad_BTO), grad_BTO.shape[2], input_BTD.shape[2]
+    out_BODA = torch.empty(records, outputs, inputs, len(pairs.starts) - 1)
+    part_ODA = out_BODA[0]
+    if _work(high=inputs, wide=outputs) < _work(high=outputs, wide=inputs):
+        grad_BTO, input_BTD, part_ODA = input_BTD, grad_BTO, part_ODA.transpose(0, 1)
+        pairs = Pairs(pairs.starts, pairs.grad_token, pairs.input_token)
+    task = _task(grad_BTO, input_BTD, pairs, part_ODA)
+    head, tail = (ctypes.byref(task), grad_BTO.shape[2]), (out_BODA.data_ptr(), out_BODA.stride(0))
+    run = _library().dpldm_products
+    _in_parts(records, lambda first, last: run(*head, first, last, *tail), least=1)
+    return out_BODA
+
+
+def _task(grad_BTO: Tensor, input_BTD: Tensor, pairs: Pairs, out_ODA: Tensor) -> _Task:
+    """Operands, and the order of the results."""
+    tables = (pairs.starts, pairs.input_token, pairs.grad_token)
+    return _Task(
+        records=len(grad_BTO),
+        input_tokens=input_BTD.shape[1],
+        inputs=input_BTD.shape[2],
+        grad_tokens=grad_BTO.shape[1],
+        places=out_ODA.shape[2],
+        input=_Numbers.of(input_BTD),
+        grad=_Numbers.of(grad_BTO),
+        **dict(zip(_TABLES, (table.data_ptr() for table in tables), strict=True)),
+        out_row=out_ODA.stride(0),
+        out_column=out_ODA.stride(1),
+        out_place=out_ODA.stride(2),
+    )
 
 
 def _work(*, high: int, wide: int) -> int:
@@ -243,6 +273,7 @@ def _library() -> Any:
 def _declare(library: Any) -> None:
     integer, pointer, double = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
     library.dpldm_sum.argtypes = [pointer, integer, integer]
+    library.dpldm_products.argtypes = [pointer, *[integer] * 3, pointer, integer]
     library.dpldm_rows.argtypes = [integer, pointer, integer, pointer, double]
     library.dpldm_rows.argtypes += [pointer, integer, integer]
     library.dpldm_rows.restype = None

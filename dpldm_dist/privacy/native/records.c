@@ -124,6 +124,21 @@ static inline __attribute__((always_inline)) void add_pairs(const task *of, int6
     }
 }
 
+/* What the pairs of a place come to in one record; `many`: they are more than CHUNK. */
+static inline __attribute__((always_inline)) void add_place(const task *of, int many,
+                                                            int64_t place, const float *x,
+                                                            const float *g, int64_t g_row,
+                                                            tile part) {
+    const int64_t first = of->starts[place], last = of->starts[place + 1];
+    tile more;
+    add_pairs(of, first, many ? first + CHUNK : last, x, g, g_row, part);
+    for (int64_t p = first + CHUNK; many && p < last; p += CHUNK) {
+        add_pairs(of, p, last - p < CHUNK ? last : p + CHUNK, x, g, g_row, more);
+        for (int o = 0; o < HIGH; o++)
+            for (int v = 0; v < VECTORS; v++) part[o][v] += more[o][v];
+    }
+}
+
 static void spill(index_v held[HIGH][VECTORS], double *sum) {
     int32_t number[HIGH * WIDE];
     memcpy(number, held, sizeof number);
@@ -136,7 +151,6 @@ static inline __attribute__((always_inline)) void tile_of_sum(const task *of, in
                                                               int64_t stop, const float *x,
                                                               const float *g, int64_t g_row,
                                                               double *sum) {
-    const int64_t first = of->starts[place], last = of->starts[place + 1];
     memset(sum, 0, HIGH * WIDE * sizeof(double));
     for (int64_t b = start; b < stop;) {
         index_v held[HIGH][VECTORS];
@@ -145,15 +159,9 @@ static inline __attribute__((always_inline)) void tile_of_sum(const task *of, in
         const int64_t end = stop - b < HELD ? stop : b + HELD;
         for (; b < end; b++) {
             if (of->factor[b] == 0.0) continue;
-            const float *x_b = x + (b - start) * of->input_tokens * WIDE;
-            const float *g_b = g + (b - start) * of->grad_tokens * g_row;
-            tile part, more;
-            add_pairs(of, first, many ? first + CHUNK : last, x_b, g_b, g_row, part);
-            for (int64_t p = first + CHUNK; many && p < last; p += CHUNK) {
-                add_pairs(of, p, last - p < CHUNK ? last : p + CHUNK, x_b, g_b, g_row, more);
-                for (int o = 0; o < HIGH; o++)
-                    for (int v = 0; v < VECTORS; v++) part[o][v] += more[o][v];
-            }
+            tile part;
+            add_place(of, many, place, x + (b - start) * of->input_tokens * WIDE,
+                      g + (b - start) * of->grad_tokens * g_row, g_row, part);
             for (int o = 0; o < HIGH; o++)
                 for (int v = 0; v < VECTORS; v++) held[o][v] += rounded(part[o][v]);
         }
@@ -236,6 +244,44 @@ int dpldm_sum(const task *of, int64_t first, int64_t last) {
                                     out[j * of->out_column] += of->step * sum[i * WIDE + j];
                     }
                 }
+            }
+        }
+    free(x), free(g);
+    _mm_setcsr(before);
+    return failed;
+}
+
+/* Of every record b in [start, stop):
+ *     out[b][a][o][d] = sum_p grad[b][grad_token[p]][o] input[b][input_token[p]][d]
+ * in float32, with the pairs of dpldm_sum. Of `of`, factor, step, out and bias are not read.
+ * Returns 0, or 1 if memory is short. */
+int dpldm_products(const task *of, int64_t outputs, int64_t start, int64_t stop, float *out,
+                   int64_t out_record) {
+    unsigned before = begin_arithmetic();
+    int64_t g_row = multiple(outputs < SLICE ? outputs : SLICE, HIGH);
+    float *x = buffer(of->input_tokens * WIDE, sizeof(float));
+    float *g = buffer(of->grad_tokens * g_row, sizeof(float));
+    int failed = !x || !g;
+    for (int64_t b = start; b < stop && !failed; b++)
+        for (int64_t slice = 0; slice < outputs; slice += SLICE) {
+            int64_t high = outputs - slice < SLICE ? outputs - slice : SLICE;
+            pack(&of->grad, b, slice, high, of->grad_tokens, g_row, 1.0, g);
+            for (int64_t d = 0; d < of->inputs; d += WIDE) {
+                int64_t wide = of->inputs - d < WIDE ? of->inputs - d : WIDE;
+                pack(&of->input, b, d, wide, of->input_tokens, WIDE, 1.0, x);
+                for (int64_t a = 0; a < of->places; a++)
+                    for (int64_t o = 0; o < high; o += HIGH) {
+                        tile part;
+                        int many = of->starts[a + 1] - of->starts[a] > CHUNK;
+                        add_place(of, many, a, x, g + o, g_row, part);
+                        float number[HIGH * WIDE];
+                        memcpy(number, part, sizeof number);
+                        float *to = out + b * out_record + a * of->out_place +
+                                    (slice + o) * of->out_row + d * of->out_column;
+                        for (int64_t i = 0; i < HIGH && o + i < high; i++, to += of->out_row)
+                            for (int64_t j = 0; j < wide; j++)
+                                to[j * of->out_column] = number[i * WIDE + j];
+                    }
             }
         }
     free(x), free(g);
