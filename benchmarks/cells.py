@@ -52,7 +52,7 @@ def shape_of(name: str) -> Shape:
         return Shape(model, (2, 4, 4), (1, 16), "class", 8, without_output_blocks)
     if name == "small":  # the defaults of the configuration
         return Shape(ModelConfig(), (4, 4, 4), (1, 64), "class", 256, without_output_blocks)
-    if name == "cifar":  # configs/cifar10.toml: 119 M parameters
+    if name == "cifar":  # configs/cifar10.toml: the paper's, 90 M parameters
         model = load_config(CONFIGS / "cifar10.toml").model
         return Shape(model, (3, 16, 16), (1, model.context_dim), "class", 16, TRAINABLES)
     if name == "text":
@@ -157,6 +157,7 @@ def _denoiser(shape: Shape) -> Denoiser:
         heads=model.heads,
         context_dim=shape.context[1],
         norm_groups=model.norm_groups,
+        attention_levels=model.attention_levels,
         seed=0,
     )
     rows = 1 if shape.kind == "caption" else CLASSES + 1

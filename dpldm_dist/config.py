@@ -164,6 +164,9 @@ class ModelConfig(_Section):
     frozen text encoder in ``model.init``, or nothing."""
     block_channels: tuple[int, ...] = (64, 128)
     layers_per_block: int = Field(1, ge=1)
+    attention_levels: int | None = Field(None, ge=1)
+    """How many levels have transformer blocks, counted from the largest map; the middle always has
+    one. None: all."""
     heads: int = Field(4, ge=1)
     context_dim: int = Field(64, ge=1)
     """Width of a conditioning token."""

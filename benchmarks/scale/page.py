@@ -182,13 +182,14 @@ def _models() -> Iterator[tuple[str, Config]]:
     """The paper's models by their networks, as our configs describe them."""
     yield "MNIST", load_config(ROOT / "configs" / "mnist.toml")
     cifar = load_config(ROOT / "configs" / "cifar10.toml")
-    yield "CIFAR-10, 119 M", cifar
+    yield "CIFAR-10, 90 M", cifar
     large = {
         "block_channels": (192, 384, 576, 960),
         "layers_per_block": 2,
         "heads": 8,
         "context_dim": 512,
         "norm_groups": 32,
+        "attention_levels": None,
     }
     yield (
         "CelebA-HQ 256, 406 M",

@@ -289,6 +289,7 @@ def _network(config: Config) -> tuple[Any, torch.Tensor, Diffusion]:
         heads=config.model.heads,
         context_dim=config.model.context_dim,
         norm_groups=config.model.norm_groups,
+        attention_levels=config.model.attention_levels,
         seed=0,
     )
     diffusion = Diffusion(

@@ -22,28 +22,38 @@ def build_unet(
     context_dim: int,
     norm_groups: int,
     seed: int,
+    attention_levels: int | None = None,
 ) -> UNet2DConditionModel:
     """A new UNet for latents (latent_channels, latent_size, latent_size), weights from ``seed``.
 
-    Every level has residual blocks and transformer blocks (self-attention, cross-attention to
-    tokens of width ``context_dim``, feed-forward); every level after the first halves the map.
+    Every level has residual blocks, and the first ``attention_levels`` (None: all) and the middle
+    have transformer blocks (self-attention, cross-attention to tokens of width ``context_dim``,
+    feed-forward); every level after the first halves the map.
     Conditioning enters through the tokens alone, so that stock pipelines can give it as
     ``prompt_embeds``. Formal guarantees: no dropout and no batch statistics, so a row of the output
     depends on its own row of the input only.
 
-    Raises: ConfigError if the latent cannot be halved that often, or channels do not divide.
+    Raises: ConfigError if the latent cannot be halved that often, channels do not divide, or there
+    are fewer levels than are to have attention.
     """
     levels = len(block_channels)
     _check_sizes(latent_size, block_channels, heads, norm_groups)
+    attentive = levels if attention_levels is None else attention_levels
+    if not 1 <= attentive <= levels:
+        raise ConfigError(
+            f"model.attention_levels = {attentive}: expected 1 to {levels}, the number of levels in "
+            "model.block_channels."
+        )
+    plain = levels - attentive
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(
             sample_size=latent_size,
             in_channels=latent_channels,
             out_channels=latent_channels,
-            down_block_types=("CrossAttnDownBlock2D",) * levels,
+            down_block_types=("CrossAttnDownBlock2D",) * attentive + ("DownBlock2D",) * plain,
             mid_block_type="UNetMidBlock2DCrossAttn",
-            up_block_types=("CrossAttnUpBlock2D",) * levels,
+            up_block_types=("UpBlock2D",) * plain + ("CrossAttnUpBlock2D",) * attentive,
             block_out_channels=tuple(block_channels),
             layers_per_block=layers_per_block,
             # The name is diffusers' own slip: this is the number of heads.

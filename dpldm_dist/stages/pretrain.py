@@ -167,6 +167,7 @@ def _new_denoiser(settings: ModelConfig, latents: LatentShards) -> Denoiser:
         heads=settings.heads,
         context_dim=settings.context_dim,
         norm_groups=settings.norm_groups,
+        attention_levels=settings.attention_levels,
         seed=0,
     )
     classes = len(latents.classes) if settings.conditioning == "class" else 0

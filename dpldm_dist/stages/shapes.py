@@ -26,6 +26,7 @@ def shapes_of(config: Config) -> tuple[Denoiser, dict[str, torch.nn.Parameter]]:
             heads=config.model.heads,
             context_dim=config.model.context_dim,
             norm_groups=config.model.norm_groups,
+            attention_levels=config.model.attention_levels,
             seed=0,
         )
         rows_NTD = torch.zeros(1, config.model.context_tokens, config.model.context_dim)

@@ -1,0 +1,52 @@
+"""Networks that the configuration describes: their size, and which levels have attention."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpldm_dist.config import load_config
+from dpldm_dist.errors import ConfigError
+from dpldm_dist.models.trainable import transformer_blocks
+from dpldm_dist.models.unet import build_unet
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+
+
+def unet_of(attention_levels: int | None, **sizes):
+    sizes = {"block_channels": (16, 16, 32), "layers_per_block": 1, "context_dim": 8} | sizes
+    return build_unet(
+        latent_channels=3,
+        latent_size=16,
+        heads=sizes.pop("heads", 2),
+        norm_groups=sizes.pop("norm_groups", 4),
+        attention_levels=attention_levels,
+        seed=0,
+        **sizes,
+    )
+
+
+def test_the_network_for_cifar_is_the_papers():
+    """Liu et al. (2023), arXiv 2305.15759: 90.29 M parameters in all, 16 transformer blocks."""
+    model = load_config(CONFIGS / "cifar10.toml").model
+    names = ("block_channels", "layers_per_block", "heads", "context_dim", "norm_groups")
+    with torch.device("meta"):
+        unet = unet_of(model.attention_levels, **{name: getattr(model, name) for name in names})
+    assert round(sum(p.numel() for p in unet.parameters()) / 1e6, 2) == 90.29
+    assert len(transformer_blocks(unet)) == 16
+
+
+@pytest.mark.parametrize(("levels", "blocks"), [(1, 4), (2, 7), (3, 10), (None, 10)])
+def test_attention_is_on_the_largest_maps_and_in_the_middle(levels, blocks):
+    """A level has one block on the way down and two on the way up."""
+    unet = unet_of(levels)
+    assert len(transformer_blocks(unet)) == blocks
+    row = torch.randn(1, 3, 16, 16)
+    out = unet(row, torch.tensor([3]), encoder_hidden_states=torch.randn(1, 1, 8)).sample
+    assert out.shape == row.shape
+
+
+@pytest.mark.parametrize("levels", [0, 4])
+def test_more_levels_of_attention_than_there_are_levels_are_refused(levels):
+    with pytest.raises(ConfigError, match="attention_levels = .: expected 1 to 3"):
+        unet_of(levels)
