@@ -41,8 +41,8 @@ def build_unet(
     attentive = levels if attention_levels is None else attention_levels
     if not 1 <= attentive <= levels:
         raise ConfigError(
-            f"model.attention_levels = {attentive}: expected 1 to {levels}, the number of levels in "
-            "model.block_channels."
+            f"model.attention_levels = {attentive}: expected 1 to {levels}, as many levels as "
+            "model.block_channels has."
         )
     plain = levels - attentive
     with torch.random.fork_rng(devices=[]):

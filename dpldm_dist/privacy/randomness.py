@@ -15,6 +15,7 @@ import hmac
 import math
 import secrets
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -94,18 +95,29 @@ def integer_noise(key: bytes, start: int, stop: int, *, std: float) -> Tensor:
     """Coordinates start..stop of a vector of rounded Gaussians. int64, shape (stop - start,).
 
     ``std`` is in units of the integer grid and large (2^20 and more), so that rounding is far
-    below it. A coordinate has the same value whoever draws it, and in whichever slice.
+    below it. A coordinate has the same value whoever draws it, in whichever slice, and by however
+    many threads (those of PyTorch).
 
     Formal guarantees: coordinates are independent; no two coordinates, and no two keys, share a
     byte of keystream.
     """
-    parts = []
-    for block in range(start // NOISE_BLOCK, -(-stop // NOISE_BLOCK)):
+    noise = np.empty(stop - start, dtype=np.int64)
+
+    def draw(block: int) -> None:
         offset = block * NOISE_BLOCK
+        first, last = max(start, offset), min(stop, offset + NOISE_BLOCK)
         normal = normal_from_words(words(key, NOISE_BLOCK, stream=block))
-        part = normal[max(start - offset, 0) : stop - offset]
-        parts.append(torch.from_numpy(np.rint(part * std).astype(np.int64)))
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+        noise[first - start : last - start] = np.rint(normal[first - offset : last - offset] * std)
+
+    blocks = range(start // NOISE_BLOCK, -(-stop // NOISE_BLOCK))
+    threads = min(torch.get_num_threads(), len(blocks))
+    if threads <= 1:
+        for block in blocks:
+            draw(block)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(draw, blocks))
+    return torch.from_numpy(noise)
 
 
 def record_words(key: bytes, ids: np.ndarray, count: int) -> np.ndarray:

@@ -64,6 +64,16 @@ def test_a_coordinate_has_the_same_noise_in_every_slice():
         assert torch.equal(integer_noise(KEY, start, stop, std=STD), whole[start:stop])
 
 
+def test_noise_has_the_same_bits_by_however_many_threads():
+    alone = integer_noise(KEY, 5, 5 * NOISE_BLOCK + 77, std=STD)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(integer_noise(KEY, 5, 5 * NOISE_BLOCK + 77, std=STD), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_no_two_noise_values_are_equal_over_steps_attempts_and_coordinates():
     drawn = [
         integer_noise(derive_key(KEY, "noise", attempt, step), 0, 20_000, std=STD * 2**20)
