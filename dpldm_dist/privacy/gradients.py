@@ -196,7 +196,8 @@ class PerRecordGradients:
             if self._telemetry is not None:
                 part_P[-TELEMETRY_NUMBERS:] += self._telemetry.encode(loss_B, factor_B).sum(0)
             if self._watch is not None:
-                self._watch(RawRecords(loss_B, norms.square_B.sqrt(), factor_B, mask_B))
+                norm_B = norms.square_B.clamp(min=0.0).sqrt()
+                self._watch(RawRecords(loss_B, norm_B, factor_B, mask_B))
 
     def take_sum(self) -> Tensor:
         """The sum in units of ``grid``, int64 (P,), or (P + 3,) with telemetry; the next one starts
@@ -221,9 +222,10 @@ class PerRecordGradients:
         with _same_dropout():
             terms, _ = self._differentiate(losses, mask_B)
         with _plain_arithmetic(self._device):
-            norm_B = record_norms(terms, mask_B).square_B.sqrt()
-            finite_B = mask_B.to(self._device) & norm_B.isfinite()
-            largest = max(2.0**-40, float(norm_B[finite_B].max())) if finite_B.any() else 1.0
+            norms = record_norms(terms, mask_B)
+            upper_B = (norms.square_B + norms.slack_B).clamp(min=0.0).sqrt()
+            finite_B = mask_B.to(self._device) & norms.square_B.isfinite() & upper_B.isfinite()
+            largest = max(2.0**-40, float(upper_B[finite_B].max())) if finite_B.any() else 1.0
             unit = 4.0 * 2.0 ** math.floor(math.log2(largest)) / native.LARGEST
             self._sum(terms, finite_B.double(), ours_P, grid=unit, unit=unit)
             ours_P *= unit
@@ -384,7 +386,9 @@ def clip_factors(norms: RecordNorms, mask_B: Tensor, *, clip_norm: float) -> Ten
     upper_B = upper_square_B.sqrt() + norms.own_square_B.sqrt()
     upper_B = torch.maximum(upper_B, _LEAST_RATIO * norms.absolute_square_B.sqrt())
     upper_B = upper_B * (1.0 + 2.0**-40)  # covers the float64 roundings on the way here
-    finite_B = upper_square_B + norms.absolute_square_B <= _LARGEST_SQUARE
+    # An inner product that overflowed may make the square -inf: asked before it is cut at 0.
+    finite_B = norms.square_B.isfinite()
+    finite_B &= upper_square_B + norms.absolute_square_B <= _LARGEST_SQUARE
     factor_B = (clip_norm / upper_B).clamp(max=1.0)
     return torch.where(finite_B & mask_B, factor_B, torch.zeros_like(factor_B))
 
@@ -737,16 +741,24 @@ def keep(layer: _Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Operands |
     else:
         grad_BTO, kept = patches.fold(grad, draws), patches.fold(seen, draws)
     if layer.weight is None:
-        return Products(layer, None, grad_BTO.float().sum(1))
+        return Products(layer, None, _token_sums(grad_BTO))
     tokens, out_width = grad_BTO.shape[1:]
+    pixels = tokens if window is None else draws * seen.shape[2] * seen.shape[3]
     width = kept.shape[2] if window is None else kept.shape[1]  # a pixel is read where it lies
     weights = layer.module.weight.numel()
     operands = Operands(layer, kept, grad_BTO, window)
     with _plain_arithmetic(grad.device):
-        if weights > tokens * (width + out_width) and tokens <= _MOST_TOKENS:
+        small = weights > tokens * (width + out_width)
+        if small and 0 < tokens <= _MOST_TOKENS and pixels <= _MOST_TOKENS:
             return _with_squares(operands)
-        bias_BO = None if layer.bias is None else grad_BTO.float().sum(1)
+        bias_BO = None if layer.bias is None else _token_sums(grad_BTO)
         return Products(layer, _products(operands), bias_BO)
+
+
+def _token_sums(grad_BTO: Tensor) -> Tensor:
+    """The gradients of a layer's bias, float32 (B, O)."""
+    grad_BTO = grad_BTO.float()
+    return native.token_sums(grad_BTO) if native.serves(grad_BTO.device) else grad_BTO.sum(1)
 
 
 def _products(operands: Operands) -> Tensor:
@@ -766,7 +778,7 @@ def _norm_products(layer: _Layer, seen: Tensor, grad: Tensor, *, draws: int) -> 
     if native.serves(grad.device):
         groups, records = getattr(module, "num_groups", 1), len(grad) // draws
         if layer.kind == "group_norm":
-            pair = seen.flatten(2), grad.flatten(2)
+            pair = [tensor.reshape(*tensor.shape[:2], -1) for tensor in (seen, grad)]
         else:
             width = math.prod(module.normalized_shape)
             pair = seen.reshape(-1, width, 1), grad.reshape(-1, width, 1)

@@ -82,16 +82,16 @@ def pixels(images_RCHW: Tensor, window: Window) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def pairs(window: Window, height: int, width: int) -> native.Pairs:
     """Which pixel each place of the window shows to which output token; padding to none."""
-    image = torch.arange(window.draws * height * width, dtype=torch.int32)
+    image = torch.arange(window.draws * height * width, dtype=torch.int32, device="cpu")
     (top, left), sides = window.padding, (window.padded(height, 0), window.padded(width, 1))
-    padded = torch.full((window.draws, *sides), -1, dtype=torch.int32)
+    padded = torch.full((window.draws, *sides), -1, dtype=torch.int32, device="cpu")
     padded[:, top : top + height, left : left + width] = image.view(window.draws, height, width)
     inputs, outputs = [], []
     for vertical, horizontal in _places(height, width, window):
         seen = padded[:, vertical, horizontal].flatten()
         inputs.append(seen[seen >= 0])
         outputs.append((seen >= 0).nonzero().flatten().int())
-    counts = torch.tensor([0, *(len(tokens) for tokens in inputs)])
+    counts = torch.tensor([0, *(len(tokens) for tokens in inputs)], device="cpu")
     return native.Pairs(counts.cumsum(0), torch.cat(inputs), torch.cat(outputs))
 
 

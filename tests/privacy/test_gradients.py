@@ -9,6 +9,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -719,6 +720,116 @@ def test_no_hostile_record_adds_more_than_the_clip_norm(case, tokens, monkeypatc
         added_P = found.take_sum().double() * 2.0**-40
         assert added_P.norm() <= clip_norm
         assert added_P.any() or case == "huge dynamic range"  # some are below a unit
+
+
+def test_a_record_whose_inner_products_overflow_counts_as_absent(monkeypatch):
+    """Lengths just below the largest float32 can have a product above it: the square is -inf."""
+    go("compiled", monkeypatch)
+    largest, wide = float(torch.finfo(torch.float32).max), 4000
+    base = torch.randn(1, 1, 64, dtype=torch.float64)
+    input_TD = torch.zeros(2, 24)
+    input_TD[:, 0], input_TD[1, 1] = torch.tensor([0.3, -0.01]), 0.3
+    for step in range(60):
+        grad = base + 2.0**-14 * torch.randn(wide, 2, 64, dtype=torch.float64)
+        length = largest * (1 + 2.0**-25) * (1 - (step % 15 - 3) * 2.0**-25)
+        grad = (grad / grad.norm(dim=2, keepdim=True) * length**0.5).float()
+        squares_4B = native.norms(
+            grad, input_TD.expand(wide, -1, -1), bias=False, floor=0.0, gamma=0.0, own=0.0
+        )
+        found = (squares_4B[0] == -float("inf")).nonzero().flatten()
+        if len(found):
+            break
+    assert len(found)  # else this test tests nothing
+    model = Raw(24, 64)
+    found_engine = engine(model, clip_norm=0.3)
+    found_engine.add(model.losses(input_TD[None], grad[found[:1]]), everyone(1))
+    assert not found_engine.take_sum().any()
+
+
+def test_an_index_in_any_memory_order_is_clipped_alike(way):
+    """As of token ids that a loader keeps sequence first."""
+    layer = nn.Embedding(50, 8)
+    sequence_first = torch.arange(16)[:, None].expand(16, 16).contiguous()
+    grad_BTO = torch.ones(16, 16, 8)
+    grad_BTO[0] *= 1e4
+    grad_BTO[0, 0] = 0.0
+    sums = []
+    for index_BT in (sequence_first.T.contiguous(), sequence_first.T):
+        model = nn.Sequential(layer)
+        found = engine(model, clip_norm=0.3)
+        rows = partial(
+            lambda model, index: (model(index) * grad_BTO).flatten(1).sum(1), model, index_BT
+        )
+        found.add(rows, torch.arange(16) == 0)
+        sums.append(found.take_sum())
+    assert torch.equal(*sums)
+    assert (sums[0].double() * FINE).norm() <= 0.3 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["linear on many tokens", "3x3 convolution", "layer norm"])
+def test_the_default_type_of_the_process_changes_no_bit(kind, default, way):
+    model = KINDS[kind]()
+    x = model.rows(4)
+    usual = clipped_sum_units(model, x, mask_B=everyone(4), clip_norm=0.3)
+    torch.set_default_dtype(default)
+    try:
+        found = clipped_sum_units(model, x, mask_B=everyone(4), clip_norm=0.3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, usual)
+
+
+@pytest.mark.parametrize("records", [8, 9, 16])
+def test_gradients_in_any_memory_order_add_the_same_wherever_a_record_lies(records, monkeypatch):
+    """Output gradients that lie sequence first, with a bias whose sum has many tokens."""
+    go("compiled", monkeypatch)
+    layer = nn.Linear(4, 7)
+    a_BTD, g_BTO = torch.randn(records, 40, 4), torch.randn(records, 40, 7)
+    found = engine(nn.Sequential(layer), clip_norm=100.0)
+
+    def alone(place: int) -> Tensor:
+        a, g = (x.roll(place, 0) for x in (a_BTD, g_BTO))
+        g_TBO = g.transpose(0, 1).contiguous()
+        losses = lambda: (layer(a).transpose(0, 1).contiguous() * g_TBO).sum((0, 2))  # noqa: E731
+        found.add(losses, torch.arange(records) == place)
+        return found.take_sum()
+
+    first = alone(0)
+    assert first.any()
+    for place in range(1, records):
+        assert torch.equal(alone(place), first)
+
+
+def test_a_record_without_tokens_adds_nothing(way):
+    model = nn.Sequential(nn.Linear(6, 5))
+    found = engine(model)
+    found.add(lambda: model(torch.randn(3, 0, 6)).flatten(1).sum(1), everyone(3))
+    assert not found.take_sum().any()
+
+
+def test_a_convolution_of_large_patches_keeps_no_matrix_of_pixels(way):
+    layer = nn.Conv2d(1, 768, 16, stride=16)
+    model = nn.Sequential(layer)
+    found = engine(model)
+    x = torch.randn(2, 1, 80, 80)  # 6400 pixels, 25 patches
+    terms, _ = found._differentiate(lambda: _losses(model(x)), everyone(2))
+    assert isinstance(terms[0], gradients.Products)
+
+
+def test_a_group_norm_of_rows_equals_the_oracle(way):
+    model = Net(affine(nn.GroupNorm(2, 6)), (6,))
+    x = model.rows(4)
+    assert relative(record_gradients(model, x), oracle_gradients(model, x)) < 1e-5
+
+
+@pytest.mark.parametrize("remainder", [1e-2, 1e-3, 1e-4])
+def test_verify_accepts_tokens_that_nearly_cancel(remainder, way):
+    model = Raw(48, 40)
+    a_BTD, g_BTO = torch.randn(4, 8, 48), torch.randn(4, 8, 40)
+    a_BTD[:, 4:] = a_BTD[:, :4]
+    g_BTO[:, 4:] = -g_BTO[:, :4] + remainder * torch.randn(4, 4, 40)
+    engine(model).verify(model.losses(a_BTD, g_BTO), everyone(4), tolerance=0.1)
 
 
 @pytest.mark.parametrize("which", ["transformer", "lora"])

@@ -5,8 +5,9 @@ the engine uses PyTorch, which takes more time.
 
 Formal guarantees: what a record adds to a sum is a vector of whole units that depends on that
 record's operands and factor alone, each coordinate within half a unit of the float32 value; sums
-over records are exact; whatever the number of threads, the bits are the same. A record of factor 0
-is not read. ``sum_roundings`` and ``product_roundings`` bound the float32 roundings.
+over records are exact; whatever the number of threads, the bits are the same. What a record of
+factor 0 holds counts for nothing. ``sum_roundings`` and ``product_roundings`` bound the float32
+roundings.
 
 Shapes: B records, T tokens of a record, D and O widths of a layer's input and output, A places of
 a convolution's window (1 for other layers). Operands may lie in memory in any order.
@@ -18,7 +19,7 @@ import ctypes
 import functools
 import importlib.machinery
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,8 @@ def product_roundings(width: int) -> int:
 @functools.lru_cache(maxsize=256)
 def straight(tokens: int) -> Pairs:
     """Every token meets itself."""
-    each = torch.arange(tokens, dtype=torch.int32)
-    return Pairs(torch.tensor([0, tokens]), each, each)
+    each = torch.arange(tokens, dtype=torch.int32, device="cpu")
+    return Pairs(torch.tensor([0, tokens], device="cpu"), each, each)
 
 
 def add_records(
@@ -116,9 +117,7 @@ def add_records(
     outputs, inputs, _ = weight_ODA.shape
     if 2 * _work(high=inputs, wide=outputs) < _work(high=outputs, wide=inputs):
         if bias_O is not None:
-            add_rows(
-                grad_BTO.sum(1, dtype=torch.float64).float(), factor_B, step=step, out_P=bias_O
-            )
+            add_rows(token_sums(grad_BTO), factor_B, step=step, out_P=bias_O)
         add_records(
             *(input_BTD, grad_BTO, factor_B),
             Pairs(pairs.starts, pairs.grad_token, pairs.input_token),
@@ -136,7 +135,7 @@ def add_records(
 def products(grad_BTO: Tensor, input_BTD: Tensor, pairs: Pairs) -> Tensor:
     """sum_p grad[b, p'] input[b, p'']^T of every record and place, float32 (B, O, D, A)."""
     records, outputs, inputs = len(grad_BTO), grad_BTO.shape[2], input_BTD.shape[2]
-    out_BODA = torch.empty(records, outputs, inputs, len(pairs.starts) - 1)
+    out_BODA = _empty(records, outputs, inputs, len(pairs.starts) - 1)
     part_ODA = out_BODA[0]
     if _work(high=inputs, wide=outputs) < _work(high=outputs, wide=inputs):
         grad_BTO, input_BTD, part_ODA = input_BTD, grad_BTO, part_ODA.transpose(0, 1)
@@ -146,6 +145,21 @@ def products(grad_BTO: Tensor, input_BTD: Tensor, pairs: Pairs) -> Tensor:
     run = _library().dpldm_products
     _in_parts(records, lambda first, last: run(*head, first, last, *tail), least=1)
     return out_BODA
+
+
+def token_sums(grad_BTO: Tensor) -> Tensor:
+    """sum_t grad[b, t], float32 (B, O), in an order that depends on T alone."""
+    records, tokens, outputs = grad_BTO.shape
+    out_BO, grad = _empty(records, outputs), _Numbers.of(grad_BTO)
+    tail = (tokens, ctypes.byref(grad), outputs, out_BO.data_ptr())
+    run = _library().dpldm_token_sums
+    _in_parts(records, lambda first, last: run(first, last, *tail), least=1)
+    return out_BO
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for a kernel, whatever the defaults of the process are."""
+    return torch.empty(*shape, dtype=dtype, device="cpu")
 
 
 def _task(grad_BTO: Tensor, input_BTD: Tensor, pairs: Pairs, out_ODA: Tensor) -> _Task:
@@ -197,12 +211,13 @@ def norms(
     of the a_t instead. ``floor`` is added to squared lengths in that last sum.
     """
     records, tokens, outputs = grad_BTO.shape
-    found_4B = torch.empty(4, records, dtype=torch.float64)
+    found_4B = _empty(4, records, dtype=torch.float64)
     grad, input, shape = _Numbers.of(grad_BTO), _Numbers(), (0, 0)
     if input_BSD is not None:
         input, shape = _Numbers.of(input_BSD), input_BSD.shape[1:]
     tail = (tokens, ctypes.byref(grad), outputs, shape[0], ctypes.byref(input), shape[1])
-    tail += (None if input_BTT is None else input_BTT.data_ptr(),)
+    given_BTT = None if input_BTT is None else input_BTT.contiguous()
+    tail += (None if given_BTT is None else given_BTT.data_ptr(),)
     if pairs is None:
         tail += (0, None, None, None)
     else:
@@ -222,7 +237,7 @@ def norm_products(
     N / B rows of a record follow each other; each is normalised in ``groups`` of channels.
     """
     rows, channels, each = grad_NCS.shape
-    found_2BC = torch.empty(2, records, channels)
+    found_2BC = _empty(2, records, channels)
     operands = [_Numbers.of(tensor) for tensor in (input_NCS, grad_NCS)]
     tail = (rows // records, groups, channels, each, *map(ctypes.byref, operands), eps)
     tail += tuple(part.data_ptr() for part in found_2BC)
@@ -240,7 +255,9 @@ def _in_parts(width: int, run: Callable[[int, int], int | None], *, least: int) 
     else:
         step = -(-width // (threads * least)) * least
         starts = range(0, width, step)
-        failures = list(_pool(threads).map(lambda s: run(s, min(s + step, width)), starts))
+        running = [_pool(threads).submit(run, s, min(s + step, width)) for s in starts]
+        wait(running)  # also when interrupted: they use the caller's memory
+        failures = [part.result() for part in running]
     if any(failures):
         raise MemoryError("No memory for a sum of per-record gradients: lower run.microbatch.")
 
@@ -274,6 +291,7 @@ def _declare(library: Any) -> None:
     integer, pointer, double = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
     library.dpldm_sum.argtypes = [pointer, integer, integer]
     library.dpldm_products.argtypes = [pointer, *[integer] * 3, pointer, integer]
+    library.dpldm_token_sums.argtypes = [*[integer] * 3, pointer, integer, pointer]
     library.dpldm_rows.argtypes = [integer, pointer, integer, pointer, double]
     library.dpldm_rows.argtypes += [pointer, integer, integer]
     library.dpldm_rows.restype = None

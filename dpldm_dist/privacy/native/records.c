@@ -179,17 +179,40 @@ static void tile_of_many(const task *of, int64_t place, int64_t start, int64_t s
     tile_of_sum(of, 1, place, start, stop, x, g, g_row, sum);
 }
 
+/* whole = the sum of `tokens` rows, at least one, in runs of CHUNK; `part` is work space. */
+static void add_tokens(const float *g, int64_t tokens, int64_t row, int64_t count, float *part,
+                       float *whole) {
+    for (int64_t t = 0; t < tokens; t += CHUNK) {
+        for (int64_t o = 0; o < count; o++) part[o] = g[t * row + o];
+        for (int64_t s = t + 1; s < tokens && s < t + CHUNK; s++)
+            for (int64_t o = 0; o < count; o++) part[o] += g[s * row + o];
+        for (int64_t o = 0; o < count; o++) whole[o] = t ? whole[o] + part[o] : part[o];
+    }
+}
+
 /* bias += step times the rounded sum over the tokens of one record, whose rows lie in `g`. */
 static void add_bias(const float *g, int64_t tokens, int64_t g_row, int64_t count, double step,
                      double *bias) {
-    float whole[SLICE + HIGH], part[SLICE + HIGH];
-    for (int64_t t = 0; t < tokens; t += CHUNK) {
-        memcpy(part, g + t * g_row, g_row * sizeof(float));
-        for (int64_t s = t + 1; s < tokens && s < t + CHUNK; s++)
-            for (int64_t o = 0; o < g_row; o++) part[o] += g[s * g_row + o];
-        for (int64_t o = 0; o < g_row; o++) whole[o] = t ? whole[o] + part[o] : part[o];
-    }
+    float whole[SLICE], part[SLICE];
+    add_tokens(g, tokens, g_row, count, part, whole);
     for (int64_t o = 0; o < count; o++) bias[o] += step * nearbyintf(whole[o]);
+}
+
+/* Of every record b in [start, stop): out[b][o] = sum_t grad[b][t][o] in float32. Returns 0, or 1 if
+ * memory is short. */
+int dpldm_token_sums(int64_t start, int64_t stop, int64_t tokens, const numbers *grad,
+                     int64_t outputs, float *out) {
+    unsigned before = begin_arithmetic();
+    float *g = buffer(tokens * outputs, sizeof(float)), *part = buffer(outputs, sizeof(float));
+    int failed = !g || !part;
+    for (int64_t b = start; b < stop && !failed; b++) {
+        for (int64_t o = 0; o < outputs; o++) out[b * outputs + o] = 0.0f;
+        place(grad, b, 0, outputs, tokens, outputs, 1.0, g);
+        add_tokens(g, tokens, outputs, outputs, part, out + b * outputs);
+    }
+    free(g), free(part);
+    _mm_setcsr(before);
+    return failed;
 }
 
 /* For every place a, output o in [first, last) and input d:
@@ -200,6 +223,7 @@ static void add_bias(const float *g, int64_t tokens, int64_t g_row, int64_t coun
  * Records of factor 0 are not read. `input_tokens` and `grad_tokens` are those of a record. What is
  * rounded must stay within 2^27 + 1. Returns 0, or 1 if memory is short. */
 int dpldm_sum(const task *of, int64_t first, int64_t last) {
+    if (of->grad_tokens == 0 || of->input_tokens == 0) return 0;
     unsigned before = begin_arithmetic();
     int64_t most = last - first < SLICE ? last - first : SLICE;
     int64_t g_row = multiple(most, HIGH);
