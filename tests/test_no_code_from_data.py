@@ -114,8 +114,13 @@ def test_the_scan_sees_a_planted_line(bug):
 
 
 def test_the_package_holds_source_and_templates_only():
-    kinds = {path.suffix for path in PACKAGE.rglob("*") if path.is_file()}
-    assert kinds - {".pyc"} <= {".py", ".j2"}
+    """And the kernels that were compiled from its source at installation."""
+    files = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    kernels = [path for path in files if path.parent == PACKAGE / "privacy" / "native"]
+    assert {path.suffix for path in set(files) - set(kernels)} <= {".py", ".j2"}
+    assert {path.suffix for path in kernels} <= {".py", ".c", ".so"}
+    made = {path.name.split(".")[0] for path in kernels if path.suffix == ".so"}
+    assert made <= {"_records_avx512", "_records_avx2"}
 
 
 # --- files that try -----------------------------------------------------------------------------

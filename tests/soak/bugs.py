@@ -19,8 +19,8 @@ from dpldm_dist.stages.finetune.state import TrainingState
 
 
 def plant(bug: str, rank: int) -> None:
-    """Change this process so that it has ``bug``, a name of ``BUGS``."""
-    BUGS[bug](rank)
+    """Change this process so that it has ``bug``, a name of ``BUGS`` or ``HARMLESS``."""
+    (BUGS | HARMLESS)[bug](rank)
 
 
 def _fresh_noise(rank: int) -> None:
@@ -65,6 +65,15 @@ def _packed_by_worker(rank: int) -> None:
     PrivateData.microbatches = microbatches
 
 
+def _drawn_by_crew(rank: int) -> None:
+    draws = PrivateData._draws
+
+    def by_crew(self: PrivateData, key: bytes, ids: np.ndarray, step: int) -> Any:
+        return draws(self, derive_key(key, "crew", self._worker.world_size), ids, step)
+
+    PrivateData._draws = by_crew
+
+
 def _forgotten_moments(rank: int) -> None:
     tensors = TrainingState._tensors
 
@@ -75,10 +84,13 @@ def _forgotten_moments(rank: int) -> None:
     TrainingState._tensors = without
 
 
+HARMLESS = {"microbatches depend on the number of workers": _packed_by_worker}
+"""What would be a bug if sums were rounded: with compiled kernels, records are."""
+
 BUGS: dict[str, Callable[[int], None]] = {
     "a repeated step gets fresh noise": _fresh_noise,
     "the noise comes from torch's generator": _noise_of_torch,
     "a repeated step is charged again": _charged_again,
-    "microbatches depend on the number of workers": _packed_by_worker,
+    "what a record draws depends on the number of workers": _drawn_by_crew,
     "a checkpoint lacks the optimizer's memory": _forgotten_moments,
 }
