@@ -747,12 +747,11 @@ def keep(layer: _Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Operands |
     width = kept.shape[2] if window is None else kept.shape[1]  # a pixel is read where it lies
     weights = layer.module.weight.numel()
     operands = Operands(layer, kept, grad_BTO, window)
-    with _plain_arithmetic(grad.device):
-        small = weights > tokens * (width + out_width)
-        if small and 0 < tokens <= _MOST_TOKENS and pixels <= _MOST_TOKENS:
-            return _with_squares(operands)
-        bias_BO = None if layer.bias is None else _token_sums(grad_BTO)
-        return Products(layer, _products(operands), bias_BO)
+    small = weights > tokens * (width + out_width)
+    if small and 0 < tokens <= _MOST_TOKENS and pixels <= _MOST_TOKENS:
+        return _with_squares(operands)
+    bias_BO = None if layer.bias is None else _token_sums(grad_BTO)
+    return Products(layer, _products(operands), bias_BO)
 
 
 def _token_sums(grad_BTO: Tensor) -> Tensor:
@@ -766,10 +765,11 @@ def _products(operands: Operands) -> Tensor:
     grad_BTO = operands.grad_BTO.float()
     if native.serves(grad_BTO.device):
         return native.products(grad_BTO, *_tokens(operands)).flatten(1)
-    seen, window = operands.input.float(), operands.window
-    return torch.bmm(grad_BTO.mT, seen if window is None else patches.tokens(seen, window)).flatten(
-        1
-    )
+    input_BTD = operands.input.float()
+    if operands.window is not None:
+        input_BTD = patches.tokens(input_BTD, operands.window)
+    with _plain_arithmetic(grad_BTO.device):
+        return torch.bmm(grad_BTO.mT, input_BTD).flatten(1)
 
 
 def _norm_products(layer: _Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Products:

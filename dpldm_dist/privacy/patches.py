@@ -52,7 +52,9 @@ class Window:
 
 def fold(tensor: Tensor, draws: int) -> Tensor:
     """(R, ..., D) -> (B, T, D): a record's draws become tokens."""
-    return tensor.reshape(len(tensor) // draws, -1, tensor.shape[-1])
+    if draws == 1 and tensor.dim() == 3:
+        return tensor
+    return tensor.reshape(tensor.shape[0] // draws, -1, tensor.shape[-1])
 
 
 def window_of(module: nn.Conv2d, draws: int) -> Window | None:
