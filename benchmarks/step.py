@@ -34,9 +34,9 @@ from dpldm_dist.privacy import native
 from dpldm_dist.privacy.gradients import PerRecordGradients
 
 RESULTS = Path(__file__).parent / "results"
-TOLERANCE = 2e-5
+TOLERANCE = 1e-4
 """Largest relative L2 distance of a peer's clipped sum to ours. Ours divides by an upper bound on
-the norm, peers by the norm that they computed."""
+the norm, which is looser the more tokens a record has; peers divide by the norm they computed."""
 KEY = ("model", "trainable", "K", "method")
 Row = dict[str, Any]
 
