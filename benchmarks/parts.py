@@ -190,7 +190,7 @@ def _seconds(run: Callable[[], object], turns: int) -> float:
 
 def loop_row(root: Path, options: argparse.Namespace) -> Row:
     """Where a step's time goes, in one process; medians over steps, the first left out."""
-    config = settings(root, "loop", options, steps=options.steps + 2)
+    config = settings(root, "loop", options, steps=options.loop_steps + 2)
     RunDir(config.run.dir).create()
     clock = _LoopClock()
     with clock.watching():
@@ -385,7 +385,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--trainable", default="attention", help="of the loop; default: attention")
-    parser.add_argument("--steps", type=int, default=12, help="steps that are timed")
+    parser.add_argument("--steps", type=int, default=12, help="steps of the workers' rows")
+    parser.add_argument(
+        "--loop-steps",
+        type=int,
+        default=50,
+        help="of the loop: a run shows its epsilon about 20 times, so in few steps at each",
+    )
     parser.add_argument("--turns", type=int, default=7, help="repetitions of each part")
     parser.add_argument("--records", type=int, default=4096)
     parser.add_argument("--quick", action="store_true", help="few steps and turns")
@@ -396,6 +402,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quick:
         options.steps, options.turns = min(options.steps, 3), min(options.turns, 2)
+        options.loop_steps = options.steps
     return options
 
 
