@@ -226,7 +226,7 @@ class PerRecordGradients:
             upper_B = (norms.square_B + norms.slack_B).clamp(min=0.0).sqrt()
             finite_B = mask_B.to(self._device) & norms.square_B.isfinite() & upper_B.isfinite()
             largest = max(2.0**-40, float(upper_B[finite_B].max())) if finite_B.any() else 1.0
-            unit = 4.0 * 2.0 ** math.floor(math.log2(largest)) / native.LARGEST
+            unit = _unit_of_records(2.0 * largest, grid=0.0)
             self._sum(terms, finite_B.double(), ours_P, grid=unit, unit=unit)
             ours_P *= unit
         with _same_dropout():
@@ -362,11 +362,14 @@ def record_norms(terms: Sequence[Operands | Products], mask_B: Tensor) -> Record
         total_4B[0] += _product_squares(products)
     total_4B[2] = total_4B[0]  # the norm of a product is its Cauchy bound
     total_4B[3] = total_4B[0] * (1.1 * _UNIT) ** 2  # its factor is applied in float32
-    at_once = [x for x in terms if isinstance(x, Operands) and x.squares_4B is not None]
-    for operands in at_once:
-        total_4B += operands.squares_4B
+    waiting: list[Operands] = []
+    for operands in (term for term in terms if isinstance(term, Operands)):
+        if operands.squares_4B is None:
+            waiting.append(operands)
+        else:
+            total_4B += operands.squares_4B
     pending: list[list[Operands]] = []
-    for group in _by_input([term for term in terms if term not in at_once]):
+    for group in _by_input(waiting):
         if pending and not _stackable(pending, group):
             total_4B[:3] += _gram_norms(pending)
             pending = []
@@ -503,7 +506,7 @@ def add_records(
 ) -> None:
     """Add sum_b round(factor_b G_b / unit) unit / grid to ``out_P``: float64, integers all.
 
-    What a record adds depends on it alone; those with factor 0 are not read.
+    What a record adds depends on it alone; what those with factor 0 hold counts for nothing.
     """
     factor_B, step = factor_B / unit, unit / grid
     for term in reversed(terms):  # the last ones may still be in the processor's cache

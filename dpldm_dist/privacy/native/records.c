@@ -545,9 +545,9 @@ static const float *side_by_side(const numbers *from, int64_t row, int64_t chann
     return copy;
 }
 
-/* Gradients of every record in [start, stop) with respect to scale and shift of a norm, (B, C) each
- *; `rows` rows of a record have C `channels` (`row` apart) of `each` numbers (`column`
- * apart), normalised in `groups` of channels. Returns 0, or 1 if memory is short. */
+/* Gradients of every record in [start, stop) with respect to scale and shift of a norm, (B, C)
+ * each; `rows` rows of a record have C `channels` (`row` apart) of `each` numbers (`column` apart),
+ * normalised in `groups` of channels. Returns 0, or 1 if memory is short. */
 int dpldm_norm_products(int64_t start, int64_t stop, int64_t rows, int64_t groups,
                         int64_t channels, int64_t each, const numbers *input, const numbers *grad,
                         float eps, float *scale, float *shift) {
