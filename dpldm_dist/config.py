@@ -383,9 +383,6 @@ class DeepSpeedConfig(_Section):
     """The optimizer's state lies in the memory of the machine instead of the GPU's."""
     offload_parameters: bool = False
     """Parameters that are not in use lie in the memory of the machine (zero_stage 3)."""
-    activation_checkpointing: bool = False
-    """Public training computes activations again in the backward pass instead of keeping them:
-    less memory, about a third more time."""
     options: dict[str, Any] = {}
     """Further DeepSpeed options by its own names, such as zero_optimization.reduce_bucket_size. One
     that this program decides, or that could change a private gradient, is refused."""
@@ -414,6 +411,9 @@ class RunConfig(_Section):
     """Records in one forward pass of the private training: never changes the result beyond the
     stated bound. "auto": the largest power of two that the devices hold and a lane can fill,
     measured on made-up records by the first start and kept in public/microbatch.json."""
+    activation_checkpointing: bool = False
+    """Blocks compute their activations again in the backward pass instead of keeping them: less
+    memory, about a fifth more time, in public and private training. Never changes the result."""
     prefetch: int = Field(4, ge=0)
     """Microbatches that a worker makes ready in the background while it computes: never changes the
     result. 0: none."""

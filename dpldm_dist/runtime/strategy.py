@@ -37,6 +37,21 @@ def bare(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def checkpoint_activations(model: nn.Module, *, run: RunConfig) -> None:
+    """In place, if the run does: blocks keep their inputs only, and compute the rest again on the
+    way back. Losses and gradients have the same bits. Raises: ConfigError."""
+    if not run.activation_checkpointing:
+        return
+    able = [m for m in model.modules() if getattr(m, "_supports_gradient_checkpointing", False)]
+    if not able:
+        raise ConfigError(
+            f"run.activation_checkpointing: {type(model).__name__} has no part that can compute "
+            "its activations again. Set it to false."
+        )
+    for module in able:
+        module.enable_gradient_checkpointing()
+
+
 class PublicModel(Protocol):
     """A model in public training, with its AdamW. Every worker calls every method."""
 
@@ -95,6 +110,7 @@ class Replicas:
     def __init__(
         self, objective: nn.Module, *, weight_decay: float, run: RunConfig, worker: Worker
     ):
+        checkpoint_activations(objective, run=run)
         self.module = replicate(objective, worker)
         self._named = {n: p for n, p in objective.named_parameters() if p.requires_grad}
         self._optimizer = public_optimizer(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dpldm_dist.config import DeepSpeedConfig, RunConfig
 from dpldm_dist.errors import ConfigError
-from dpldm_dist.runtime.strategy import public_optimizer
+from dpldm_dist.runtime.strategy import checkpoint_activations, public_optimizer
 from dpldm_dist.runtime.worker import Worker
 
 _MOST_BUCKET = 50_000_000  # elements; DeepSpeed's own half a billion is 2 GB on every worker
@@ -252,8 +252,7 @@ class ZeroModel:
         refuse_for_public_training(settings)
         self._given = {n: p for n, p in objective.named_parameters() if p.requires_grad}
         model = copy.deepcopy(objective).to(worker.device)
-        if settings.activation_checkpointing:
-            _recompute_activations(model)
+        checkpoint_activations(model, run=run)
         self._named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._sharded = settings.zero_stage == 3
         self._optimizer = public_optimizer(self._named.values(), weight_decay=weight_decay)
@@ -362,17 +361,6 @@ class _InBfloat16(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         with torch.autocast(inputs[0].device.type, torch.bfloat16):
             return self.inner(*inputs)
-
-
-def _recompute_activations(model: nn.Module) -> None:
-    able = [m for m in model.modules() if getattr(m, "_supports_gradient_checkpointing", False)]
-    if not able:
-        raise ConfigError(
-            f"run.deepspeed.activation_checkpointing: {type(model).__name__} has no part that can "
-            "compute its activations again. Set it to false."
-        )
-    for module in able:
-        module.enable_gradient_checkpointing()
 
 
 def _write_parameter(parameter: nn.Parameter, value: Tensor) -> None:

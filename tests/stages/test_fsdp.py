@@ -43,8 +43,11 @@ STEPS = 12
 SETS = ("attention", "lora", "output-blocks")
 
 
-def private(root: Path, name: str, *, strategy: str = "fsdp", **finetune: Any) -> Config:
-    """Twelve noisy steps of a fixed key in two lanes; most steps draw about three records."""
+def private(
+    root: Path, name: str, *, strategy: str = "fsdp", again: bool = False, **finetune: Any
+) -> Config:
+    """Twelve noisy steps of a fixed key in two lanes; most steps draw about three records;
+    ``again``: activations are computed again."""
     chosen = {"steps": STEPS, "batch": 3, "optimizer": "adam", "trainable": "attention"}
     return settings(
         root,
@@ -56,6 +59,7 @@ def private(root: Path, name: str, *, strategy: str = "fsdp", **finetune: Any) -
             "strategy": strategy,
             "unsafe_test_key": TEST_KEY,
             "microbatch": 2,
+            "activation_checkpointing": again,
         },
     )
 
@@ -109,7 +113,9 @@ def test_workers_with_divided_weights_release_the_bits_of_one_with_whole_weights
 ):
     """With three workers, the third has no lane: its passes are all empty."""
     runs = [private(root, f"{name}-{workers}", trainable=name) for name in sets]
+    runs.append(private(root, f"again-{workers}", again=True))
     assert on_workers(workers, run_all, *runs) == [None] * workers
+    assert same_bits(root, "alone-attention", f"again-{workers}")
     for name in sets:
         assert same_bits(root, f"alone-{name}", f"{name}-{workers}"), name
 

@@ -34,6 +34,7 @@ from dpldm_dist.privacy.randomness import commitment, derive_key
 from dpldm_dist.privacy.sampling import Lanes
 from dpldm_dist.privacy.statistics import LatentStatistics
 from dpldm_dist.runtime.rundir import RunDir, fsync_file, fsync_folder
+from dpldm_dist.runtime.strategy import checkpoint_activations
 from dpldm_dist.runtime.strategy_fsdp import shard_frozen, shards_frozen, whole_weights
 from dpldm_dist.runtime.tracking import Progress
 from dpldm_dist.runtime.worker import Worker, arithmetic
@@ -211,6 +212,7 @@ def trainable_model(
         tensor.data = tensor.data.to(worker.device, copy=True)
     layers = unet_layers(denoiser.unet)
     shard_frozen(denoiser.unet, layers, learning, run=config.run, worker=worker)
+    checkpoint_activations(denoiser.unet, run=config.run)
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(16, *latents.latent_shape, generator=generator)
     condition: Tensor = torch.arange(16) % max(1, len(latents.classes))
