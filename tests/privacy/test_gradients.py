@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from dpldm_dist.errors import PrivacyError
-from dpldm_dist.privacy import gradients, native, patches
-from dpldm_dist.privacy.gradients import PerRecordGradients, accumulation_error
+from dpldm_dist.privacy import gradients, native
+from dpldm_dist.privacy.gradients import PerRecordGradients, accumulation_error, norms, patches
+from dpldm_dist.privacy.gradients.norms import RecordNorms
+from dpldm_dist.privacy.gradients.operands import Products
 
 FINE = 2.0**-30  # grid that rounds far below float32
 HUGE = 1024.0  # clip norm that clips nothing here
@@ -814,7 +816,7 @@ def test_a_convolution_of_large_patches_keeps_no_matrix_of_pixels(way):
     found = engine(model)
     x = torch.randn(2, 1, 80, 80)  # 6400 pixels, 25 patches
     terms, _ = found._differentiate(lambda: _losses(model(x)), everyone(2))
-    assert isinstance(terms[0], gradients.Products)
+    assert isinstance(terms[0], Products)
 
 
 def test_a_group_norm_of_rows_equals_the_oracle(way):
@@ -1039,18 +1041,18 @@ def plant_padding_that_counts(patch) -> None:
 
 
 def plant_norm_without_biases(patch) -> None:
-    original, compiled = gradients._grams, native.norms
+    original, compiled = norms._grams, native.norms
 
     def bug(group, grad_BTT, input_BTT):
         without = [replace(o, layer=replace(o.layer, bias=None)) for o in group]
         return original(without, grad_BTT, input_BTT)
 
-    patch.setattr(gradients, "_grams", bug)
+    patch.setattr(norms, "_grams", bug)
     patch.setattr(native, "norms", lambda *a, bias, **k: compiled(*a, bias=False, **k))
 
 
 def plant_norm_of_tokens_one_by_one(patch) -> None:
-    original, compiled = gradients._grams, native.norms
+    original, compiled = norms._grams, native.norms
 
     def bug(group, grad_BTT, input_BTT):
         length = original(group, grad_BTT, input_BTT)
@@ -1061,7 +1063,7 @@ def plant_norm_of_tokens_one_by_one(patch) -> None:
         tokens = zip(grad_BTO.split(1, 1), input_BTD.split(1, 1), strict=True)
         return sum(compiled(grad_B1O, input_B1D, **more) for grad_B1O, input_B1D in tokens)
 
-    patch.setattr(gradients, "_grams", bug)
+    patch.setattr(norms, "_grams", bug)
     patch.setattr(native, "norms", compiled_bug)
 
 
@@ -1080,7 +1082,7 @@ def plant_no_error_bound(patch) -> None:
 
     def bug(norms, mask_B, *, clip_norm):
         nothing_B = torch.zeros_like(norms.slack_B)
-        bare = gradients.RecordNorms(norms.square_B, nothing_B, nothing_B, nothing_B)
+        bare = RecordNorms(norms.square_B, nothing_B, nothing_B, nothing_B)
         return original(bare, mask_B, clip_norm=clip_norm)
 
     patch.setattr(gradients, "clip_factors", bug)
@@ -1090,7 +1092,7 @@ def plant_rounding_of_sums(patch) -> None:
     """Records are added in float32 and rounded together: what one adds depends on the others."""
 
     def together(terms, factor_B, out_P, *, grid, unit):
-        scratch = gradients._Scratch(factor_B.device)
+        scratch = gradients.Scratch(factor_B.device)
         gradients.weighted_sum(
             terms,
             factor_B,

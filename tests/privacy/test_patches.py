@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpldm_dist.privacy import patches
+from dpldm_dist.privacy.gradients import patches
 
 CASES = {
     "3 x 3": dict(kernel_size=3, padding=1),

@@ -1,0 +1,183 @@
+"""The clipped sum: every record rounded by itself in compiled kernels, or in float64 by PyTorch.
+
+Shapes: those of ``privacy.gradients``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dpldm_dist.privacy import native
+from dpldm_dist.privacy.gradients import patches
+from dpldm_dist.privacy.gradients.operands import Operands, Products, by_input, tokens_of
+
+_COPIED_TOKENS = (2**16, 1024)  # tokens that lie in float64 at a time: on a device, on a CPU
+
+
+def record_rounding(terms: Sequence[Operands | Products], unit: float) -> float:
+    """How far the whole units that a record adds can lie from its clipped gradient, in L2 norm.
+
+    Half a unit for each coordinate; for an embedding, whose tokens are rounded one by one and may
+    meet in a row, for each token and width.
+    """
+    squares = 0
+    for term in terms:
+        if term.layer.kind == "embedding":
+            tokens, width = term.grad_BTO.shape[1:]
+            squares += tokens**2 * width
+        else:
+            places = (term.layer.weight, term.layer.bias)
+            squares += sum(p.stop - p.start for p in places if p is not None)
+    return 0.5 * unit * math.sqrt(squares)
+
+
+def add_records(
+    terms: Sequence[Operands | Products],
+    factor_B: Tensor,
+    out_P: Tensor,
+    *,
+    grid: float,
+    unit: float,
+) -> None:
+    """Add sum_b round(factor_b G_b / unit) unit / grid to ``out_P``: float64, integers all.
+
+    What a record adds depends on it alone; what those with factor 0 hold counts for nothing.
+    """
+    factor_B, step = factor_B / unit, unit / grid
+    for term in reversed(terms):  # the last ones may still be in the processor's cache
+        layer = term.layer
+        weight_P = None if layer.weight is None else out_P[layer.weight]
+        bias_P = None if layer.bias is None else out_P[layer.bias]
+        if isinstance(term, Products):
+            for rows, out in ((term.weight, weight_P), (term.bias, bias_P)):
+                if out is not None:
+                    native.add_rows(rows, factor_B, step=step, out_P=out)
+        elif layer.kind == "embedding":
+            _add_rows_of_table(term, factor_B, weight_P, step)
+        else:
+            input_BTD, pairs = tokens_of(term)
+            weight_ODA = weight_P.view(term.grad_BTO.shape[2], input_BTD.shape[2], -1)
+            native.add_records(
+                *(term.grad_BTO.float(), input_BTD, factor_B, pairs),
+                step=step,
+                weight_ODA=weight_ODA,
+                bias_O=bias_P,
+            )
+
+
+def _add_rows_of_table(operands: Operands, factor_B: Tensor, out_P: Tensor, step: float) -> None:
+    """An embedding's sum: every token's gradient, rounded, goes to its row of the table."""
+    out_B = (factor_B == 0).nonzero().flatten()
+    grad_BTO = operands.grad_BTO.double().mul_(factor_B[:, None, None]).round_()
+    grad_NO = _fill(grad_BTO, out_B).mul_(step).flatten(0, 1)
+    out_P.view_as(operands.layer.module.weight).index_add_(0, operands.input.flatten(), grad_NO)
+
+
+# --- without compiled kernels ---------------------------------------------------------------------
+
+
+def weighted_sum(
+    terms: Sequence[Operands | Products],
+    factor_B: Tensor,
+    scratch: Scratch,
+    emit: Callable[[slice, Tensor], None],
+) -> None:
+    """Calls ``emit`` with the place and the float64 values of sum_b factor_b G_b, layer by layer.
+
+    Operands of records with factor 0 are replaced by zeros first: 0 * NaN is NaN. The values are
+    work space: ``emit`` may change them and must not keep them.
+    """
+    out_B = (factor_B == 0).nonzero().flatten()
+    for products in (term for term in terms if isinstance(term, Products)):
+        layer = products.layer
+        for place, part in ((layer.weight, products.weight), (layer.bias, products.bias)):
+            if part is not None:
+                emit(place, factor_B @ _fill(part.double(), out_B))
+    for group in by_input(terms):
+        if group[0].layer.kind == "embedding":
+            _emit_rows(group[0], factor_B, out_B, emit)
+        else:
+            _emit_contractions(group, factor_B, scratch, emit)
+
+
+def _emit_contractions(
+    group: Sequence[Operands],
+    factor_B: Tensor,
+    scratch: Scratch,
+    emit: Callable[[slice, Tensor], None],
+) -> None:
+    """One product in float64 for all layers that read the same input, their outputs side by side;
+    over some records after the other, so that copies in float64 stay small."""
+    first, widths = group[0], [operands.grad_BTO.shape[2] for operands in group]
+    records, tokens = first.grad_BTO.shape[:2]
+    weights = first.layer.module.weight[0].numel()
+    out = scratch.zeros("sum", (sum(widths), weights))
+    bias_O = scratch.zeros("bias", (sum(widths),)) if first.layer.bias is not None else None
+    step = max(1, _COPIED_TOKENS[factor_B.device.type == "cpu"] // tokens)
+    for start in range(0, records, step):
+        chunk = slice(start, start + step)
+        factor_b11 = factor_B[chunk, None, None]
+        out_b = (factor_b11 == 0).flatten().nonzero().flatten()
+        if first.window is None:
+            seen = first.input[chunk]
+        else:
+            draws = first.window.draws
+            rows = slice(start * draws, (start + step) * draws)
+            seen = patches.tokens(first.input[rows], first.window)
+        input_bTD = scratch.copy("input", seen)
+        grad_bTO = scratch.take("grad", (*input_bTD.shape[:2], sum(widths)), torch.float64)
+        for operands, columns_bTO in zip(group, grad_bTO.split(widths, 2), strict=True):
+            columns_bTO.copy_(operands.grad_BTO[chunk])
+        _fill(grad_bTO.mul_(factor_b11), out_b)
+        grad_NO, input_ND = grad_bTO.flatten(0, 1), _fill(input_bTD, out_b).flatten(0, 1)
+        out.addmm_(grad_NO.T, input_ND)
+        if bias_O is not None:
+            bias_O += grad_NO.sum(0)
+    if bias_O is not None:
+        for operands, part_O in zip(group, bias_O.split(widths), strict=True):
+            emit(operands.layer.bias, part_O)
+    for operands, sum_OD in zip(group, out.split(widths), strict=True):
+        emit(operands.layer.weight, sum_OD.flatten())
+
+
+def _emit_rows(
+    operands: Operands, factor_B: Tensor, out_B: Tensor, emit: Callable[[slice, Tensor], None]
+) -> None:
+    """An embedding's sum: every token's gradient goes to its row of the table."""
+    grad_BTO = _fill(operands.grad_BTO.double().mul_(factor_B[:, None, None]), out_B)
+    table_NO = torch.zeros_like(operands.layer.module.weight, dtype=torch.float64)
+    table_NO.index_add_(0, operands.input.flatten(), grad_BTO.flatten(0, 1))
+    emit(operands.layer.weight, table_NO.flatten())
+
+
+class Scratch:
+    """Work space that is kept from layer to layer: fresh pages cost more than the copies."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._space: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        length = math.prod(shape)
+        space = self._space.get((name, dtype))
+        if space is None or len(space) < length:
+            space = torch.empty(length, dtype=dtype, device=self._device)
+            self._space[name, dtype] = space
+        return space[:length].view(*shape)
+
+    def zeros(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Zeros in float64."""
+        return self.take(name, shape, torch.float64).zero_()
+
+    def copy(self, name: str, tensor: Tensor) -> Tensor:
+        """``tensor`` in float64."""
+        return self.take(name, tensor.shape, torch.float64).copy_(tensor)
+
+
+def _fill(tensor: Tensor, out_B: Tensor) -> Tensor:
+    """Zeros in the records ``out_B``, in place."""
+    return tensor.index_fill_(0, out_B, 0.0) if len(out_B) else tensor
