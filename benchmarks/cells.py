@@ -18,7 +18,7 @@ from dpldm_dist.config import ModelConfig, load_config
 from dpldm_dist.models.conditioning import ClassEmbedder, random_rows
 from dpldm_dist.models.denoiser import Denoiser
 from dpldm_dist.models.diffusion import Diffusion
-from dpldm_dist.models.trainable import WITHOUT_GRADIENT_FOR_ONE_TOKEN, select_trainable
+from dpldm_dist.models.trainable import freeze_idle, select_trainable
 from dpldm_dist.models.unet import build_unet
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -170,9 +170,8 @@ def _learning(denoiser: Denoiser, trainable: Trainable) -> dict[str, nn.Paramete
     if trainable != "all":
         return select_trainable(denoiser, trainable=trainable, first_block=PAPERS_FIRST_BLOCK)
     select_trainable(denoiser, trainable="transformer")  # settles the class table
-    idle = WITHOUT_GRADIENT_FOR_ONE_TOKEN if denoiser.embedder.tokens == 1 else ()
-    for name, parameter in denoiser.unet.named_parameters():
-        parameter.requires_grad_(not any(part in name for part in idle))
+    denoiser.unet.requires_grad_(True)
+    freeze_idle(denoiser)
     return {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
 
 

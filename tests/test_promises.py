@@ -17,6 +17,7 @@ from dpldm_dist.demo import FLOOR, GAUSSIAN, NO_NOISE, _jobs
 from dpldm_dist.models.conditioning import ClassEmbedder
 from dpldm_dist.models.denoiser import Denoiser
 from dpldm_dist.models.directory import load_model
+from dpldm_dist.models.trainable import select_trainable
 from dpldm_dist.models.warmup import balanced_grad_scale
 from dpldm_dist.privacy.ledger import read_ledger
 from dpldm_dist.runtime.checkpoint import Checkpoints
@@ -139,8 +140,8 @@ def test_the_demo_sets_its_result_beside_the_gaussian_and_the_untuned_model(tmp_
 def test_the_automatic_scale_gives_the_embedder_half_of_the_squared_norm(tmp_path):
     public = load_model(public_model(tmp_path / "model"))
     embedder = ClassEmbedder(public.rows_NTD[[0, 1, 2, -1]].clone())
-    denoiser = Denoiser(public.unet, embedder).requires_grad_(True)
-    learning = {n: p for n, p in denoiser.named_parameters() if "attn" in n or "embedder" in n}
+    denoiser = Denoiser(public.unet, embedder)
+    learning = select_trainable(denoiser, trainable="attention")
     judged = {
         "latents_BCHW": torch.randn(16, 4, 4, 4, generator=torch.Generator().manual_seed(0)),
         "labels_B": torch.arange(16) % 3,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dpldm_dist.models.conditioning import ClassEmbedder
+from dpldm_dist.models.unet import spare_idle_attention
 
 
 class Denoiser(nn.Module):
@@ -13,6 +14,7 @@ class Denoiser(nn.Module):
     def __init__(self, unet: nn.Module, embedder: ClassEmbedder) -> None:
         super().__init__()
         self.unet = unet
+        spare_idle_attention(unet)
         self.embedder = embedder
 
     def forward(self, z_RCHW: Tensor, t_R: Tensor, condition: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ Trainable = Literal["transformer", "attention", "output-blocks", "lora"]
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 # With one token the softmax of cross-attention is 1 whatever the query and the key are.
-WITHOUT_GRADIENT_FOR_ONE_TOKEN = (".attn2.to_q.", ".attn2.to_k.", ".norm2.")
+_IDLE_FOR_ONE_TOKEN = (".attn2.to_q.", ".attn2.to_k.", ".norm2.")
 
 
 def transformer_blocks(unet: nn.Module) -> list[str]:
@@ -66,7 +66,7 @@ def select_trainable(
         )
     if trainable == "output-blocks":
         blocks = blocks[first_block - 1 :]
-    idle = WITHOUT_GRADIENT_FOR_ONE_TOKEN if denoiser.embedder.tokens == 1 else ()
+    idle = _idle(denoiser)
     if trainable == "lora":
         _add_adapters(denoiser.unet, _projections(denoiser.unet, blocks, idle), lora_rank)
     for name, parameter in denoiser.unet.named_parameters():
@@ -75,16 +75,30 @@ def select_trainable(
     return {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
 
 
+def freeze_idle(denoiser: Denoiser) -> None:
+    """In place: parameters of the UNet on which no answer depends require no gradient."""
+    blocks, idle = transformer_blocks(denoiser.unet), _idle(denoiser)
+    for name, parameter in denoiser.unet.named_parameters():
+        if _within(name, blocks) and any(part in name for part in idle):
+            parameter.requires_grad_(False)
+
+
+def _idle(denoiser: Denoiser) -> tuple[str, ...]:
+    return _IDLE_FOR_ONE_TOKEN if denoiser.embedder.tokens == 1 else ()
+
+
 def _learns(name: str, trainable: Trainable, blocks: Iterable[str], idle: Iterable[str]) -> bool:
-    if not any(name.startswith(f"{block}.") for block in blocks):
-        return False
-    if any(part in name for part in idle):
+    if not _within(name, blocks) or any(part in name for part in idle):
         return False
     if trainable == "lora":
         return ".lora_" in name
     if trainable == "attention":
         return _is_projection(name.rpartition(".")[0])
     return True
+
+
+def _within(name: str, blocks: Iterable[str]) -> bool:
+    return any(name.startswith(f"{block}.") for block in blocks)
 
 
 def _is_projection(module: str) -> bool:
@@ -99,7 +113,7 @@ def _projections(unet: nn.Module, blocks: Iterable[str], idle: Iterable[str]) ->
     return [
         name
         for name, _ in unet.named_modules()
-        if any(name.startswith(f"{block}.") for block in blocks)
+        if _within(name, blocks)
         and _is_projection(name)
         and not any(part in f"{name}." for part in idle)
     ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
 
 from dpldm_dist.errors import ConfigError
 
@@ -64,6 +66,36 @@ def build_unet(
             dropout=0.0,
         )
     return unet.eval()
+
+
+class _CrossAttention(AttnProcessor2_0):
+    """Attention of R rows to T tokens. To one token it is that token, whatever the query: the
+    softmax over one is 1. So nothing but value and output is computed, and once for a row."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *rest: Any,
+        **more: Any,
+    ) -> Tensor:
+        context_RTD = encoder_hidden_states
+        if context_RTD is None or context_RTD.shape[1] != 1 or attention_mask is not None:
+            return super().__call__(
+                attn, hidden_states, encoder_hidden_states, attention_mask, *rest, **more
+            )
+        output, dropout = attn.to_out
+        return dropout(output(attn.to_v(context_RTD)))  # (R, 1, O): added to every place
+
+
+def spare_idle_attention(unet: nn.Module) -> None:
+    """In place: cross-attention to one token costs next to nothing. The function computed is the
+    same; nothing of this is saved with the model."""
+    for name, module in unet.named_modules():
+        if name.endswith(".attn2") and type(module.processor) is AttnProcessor2_0:
+            module.set_processor(_CrossAttention())
 
 
 def unet_layers(unet: UNet2DConditionModel) -> list[nn.Module]:

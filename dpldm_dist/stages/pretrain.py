@@ -30,6 +30,7 @@ from dpldm_dist.models.conditioning import ClassEmbedder, Kind, random_rows
 from dpldm_dist.models.denoiser import Denoiser
 from dpldm_dist.models.diffusion import Diffusion
 from dpldm_dist.models.directory import LoadedModel, load_autoencoder, load_model, save_model
+from dpldm_dist.models.trainable import freeze_idle
 from dpldm_dist.models.unet import build_unet
 from dpldm_dist.runtime.public_training import (
     PublicTraining,
@@ -172,7 +173,9 @@ def _new_denoiser(settings: ModelConfig, latents: LatentShards) -> Denoiser:
     )
     classes = len(latents.classes) if settings.conditioning == "class" else 0
     rows_NTD = random_rows(classes + 1, settings.context_tokens, settings.context_dim, seed=0)
-    return Denoiser(unet, ClassEmbedder(rows_NTD, kind=settings.conditioning))
+    denoiser = Denoiser(unet, ClassEmbedder(rows_NTD, kind=settings.conditioning))
+    freeze_idle(denoiser)
+    return denoiser
 
 
 def _draw(

@@ -13,6 +13,7 @@ from dpldm_dist.models.denoiser import Denoiser
 from dpldm_dist.models.diffusion import Diffusion
 from dpldm_dist.models.trainable import (
     fold_adapters,
+    freeze_idle,
     select_trainable,
     transformer_blocks,
     verify_all_learn,
@@ -111,6 +112,17 @@ def test_one_context_token_freezes_what_has_no_gradient(trainable):
     assert not [n for n in selected if "attn2.to_q" in n or "attn2.to_k" in n or "norm2" in n]
     assert any("attn2.to_v" in name for name in selected)
     check(denoiser)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_public_training_leaves_out_only_what_no_answer_depends_on(tokens):
+    denoiser = new_denoiser(tokens=tokens).requires_grad_(True)
+    freeze_idle(denoiser)
+    z, t = torch.randn(2, 4, 4, 4), torch.tensor([3, 500])
+    denoiser(z, t, torch.arange(2)).square().sum().backward()
+    without = {name for name, p in denoiser.named_parameters() if p.grad is None}
+    assert without == {name for name, p in denoiser.named_parameters() if not p.requires_grad}
+    assert bool(without) == (tokens == 1)
 
 
 @pytest.mark.parametrize("trainable", ["transformer", "attention", "output-blocks", "lora"])

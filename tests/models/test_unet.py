@@ -8,7 +8,7 @@ import torch
 from dpldm_dist.config import load_config
 from dpldm_dist.errors import ConfigError
 from dpldm_dist.models.trainable import transformer_blocks
-from dpldm_dist.models.unet import build_unet
+from dpldm_dist.models.unet import build_unet, spare_idle_attention
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
@@ -50,3 +50,39 @@ def test_attention_is_on_the_largest_maps_and_in_the_middle(levels, blocks):
 def test_more_levels_of_attention_than_there_are_levels_are_refused(levels):
     with pytest.raises(ConfigError, match="attention_levels = .: expected 1 to 3"):
         unet_of(levels)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_spared_attention_computes_what_diffusers_computes(tokens):
+    """Same answers and, for what can learn, same gradients; with several tokens the same bits."""
+    stock, spared = unet_of(None), unet_of(None)
+    spare_idle_attention(spared)
+    rows, context = torch.randn(4, 3, 16, 16), torch.randn(4, tokens, 8)
+    found = [u(rows, torch.arange(4), context).sample for u in (stock, spared)]
+    gradients = []
+    for unet, answer in zip((stock, spared), found, strict=True):
+        names, parameters = zip(*unet.named_parameters(), strict=True)
+        got = torch.autograd.grad(answer.square().sum(), parameters, allow_unused=True)
+        gradients.append(dict(zip(names, got, strict=True)))
+    if tokens > 1:
+        assert torch.equal(*found)
+    assert torch.allclose(*found, atol=1e-5)
+    for name, gradient in gradients[0].items():
+        other = gradients[1][name]
+        if other is None:  # nothing depends on it
+            assert tokens == 1 and gradient.abs().max() < 1e-5
+        else:
+            assert torch.allclose(gradient, other, atol=1e-3 * float(gradient.abs().max()))
+
+
+def test_attention_to_one_token_computes_neither_query_nor_key():
+    unet = unet_of(None)
+    spare_idle_attention(unet)
+    used = []
+    for name, module in unet.named_modules():
+        if name.endswith(("attn2.to_q", "attn2.to_k", "attn2.to_v")):
+            module.register_forward_hook(lambda *_, name=name: used.append(name[-4:]))
+    for tokens, wanted in ((1, {"to_v"}), (2, {"to_q", "to_k", "to_v"})):
+        used.clear()
+        unet(torch.randn(1, 3, 16, 16), torch.tensor([3]), torch.randn(1, tokens, 8))
+        assert set(used) == wanted
