@@ -31,6 +31,7 @@
 #define WIDE (VECTORS * LANES)
 #define HELD 15            /* numbers of at most 2^27 + 1 that an int32 can add up */
 #define CHUNK 32           /* tokens that are added before they join the others */
+#define NEAR (2 * CHUNK)   /* tokens that are read again and again before the next ones */
 #define RUN 8              /* vectors of a row that are added before they join the others */
 #define SIDE 4             /* tokens of a tile of inner products, each way */
 #define SLICE 96           /* outputs that are worked on at a time */
@@ -69,10 +70,22 @@ static float *zeros(int64_t count) {
 static void place(const numbers *from, int64_t record, int64_t first, int64_t count, int64_t rows,
                   int64_t width, double factor, float *to) {
     const float *row = from->at + record * from->record + first * from->column;
+    if (from->column != 1) { /* tokens side by side: a line of the cache holds several of them */
+        for (int64_t t = 0; t < rows; t += LANES)
+            for (int64_t i = 0; i < count; i++) {
+                const float *at = row + t * from->row + i * from->column;
+                float *out = to + t * width + i;
+                if (rows - t >= LANES && from->row == 1 && factor == 1.0)
+#pragma GCC unroll 16
+                    for (int s = 0; s < LANES; s++) out[s * width] = at[s];
+                else
+                    for (int64_t s = 0; s < rows - t && s < LANES; s++)
+                        out[s * width] = (float)(factor * at[s * from->row]);
+            }
+        return;
+    }
     for (int64_t t = 0; t < rows; t++, row += from->row, to += width)
-        if (from->column != 1)
-            for (int64_t i = 0; i < count; i++) to[i] = (float)(factor * row[i * from->column]);
-        else if (factor != 1.0)
+        if (factor != 1.0)
             for (int64_t i = 0; i < count; i++) to[i] = (float)(factor * row[i]);
         else
             for (int64_t i = 0; i < count; i++) to[i] = row[i];
@@ -275,6 +288,31 @@ int dpldm_sum(const task *of, int64_t first, int64_t last) {
     return failed;
 }
 
+/* whole[a][i] = what the pairs of place a come to in one record, for the outputs of tile i. A few
+ * chunks at a time, of all places and outputs: their tokens stay in the nearest cache meanwhile. */
+static void tiles_of_products(const task *of, int64_t tiles, const float *x, const float *g,
+                              int64_t g_row, tile *whole) {
+    int64_t left = 1;
+    for (int64_t from = 0; left; from += NEAR) {
+        left = 0;
+        for (int64_t a = 0; a < of->places; a++) {
+            int64_t first = of->starts[a] + from, last = of->starts[a + 1];
+            if (from && first >= last) continue;
+            if (last - first > NEAR) last = first + NEAR, left = 1;
+            for (int64_t i = 0; i < tiles; i++) {
+                tile part, *sum = whole + a * tiles + i;
+                for (int64_t p = first; p == first || p < last; p += CHUNK) {
+                    int64_t end = last - p < CHUNK ? last : p + CHUNK;
+                    add_pairs(of, p, end, x, g + i * HIGH, g_row, part);
+                    if (p == of->starts[a]) memset(*sum, 0, sizeof part);
+                    for (int o = 0; o < HIGH; o++)
+                        for (int v = 0; v < VECTORS; v++) (*sum)[o][v] += part[o][v];
+                }
+            }
+        }
+    }
+}
+
 /* Of every record b in [start, stop):
  *     out[b][a][o][d] = sum_p grad[b][grad_token[p]][o] input[b][input_token[p]][d]
  * in float32, with the pairs of dpldm_sum. Of `of`, factor, step, out and bias are not read.
@@ -285,21 +323,21 @@ int dpldm_products(const task *of, int64_t outputs, int64_t start, int64_t stop,
     int64_t g_row = multiple(outputs < SLICE ? outputs : SLICE, HIGH);
     float *x = buffer(of->input_tokens * WIDE, sizeof(float));
     float *g = buffer(of->grad_tokens * g_row, sizeof(float));
-    int failed = !x || !g;
+    tile *whole = buffer(of->places * g_row / HIGH, sizeof(tile));
+    int failed = !x || !g || !whole;
     for (int64_t b = start; b < stop && !failed; b++)
         for (int64_t slice = 0; slice < outputs; slice += SLICE) {
             int64_t high = outputs - slice < SLICE ? outputs - slice : SLICE;
+            int64_t count = multiple(high, HIGH) / HIGH;
             pack(&of->grad, b, slice, high, of->grad_tokens, g_row, 1.0, g);
             for (int64_t d = 0; d < of->inputs; d += WIDE) {
                 int64_t wide = of->inputs - d < WIDE ? of->inputs - d : WIDE;
                 pack(&of->input, b, d, wide, of->input_tokens, WIDE, 1.0, x);
+                tiles_of_products(of, count, x, g, g_row, whole);
                 for (int64_t a = 0; a < of->places; a++)
                     for (int64_t o = 0; o < high; o += HIGH) {
-                        tile part;
-                        int many = of->starts[a + 1] - of->starts[a] > CHUNK;
-                        add_place(of, many, a, x, g + o, g_row, part);
                         float number[HIGH * WIDE];
-                        memcpy(number, part, sizeof number);
+                        memcpy(number, whole[a * count + o / HIGH], sizeof number);
                         float *to = out + b * out_record + a * of->out_place +
                                     (slice + o) * of->out_row + d * of->out_column;
                         for (int64_t i = 0; i < HIGH && o + i < high; i++, to += of->out_row)
@@ -308,7 +346,7 @@ int dpldm_products(const task *of, int64_t outputs, int64_t start, int64_t stop,
                     }
             }
         }
-    free(x), free(g);
+    free(x), free(g), free(whole);
     _mm_setcsr(before);
     return failed;
 }
