@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -13,9 +14,21 @@ torch.set_num_threads(1)
 _skipped: list[str] = []
 
 
+LONGEST = (
+    "slurm/test_jobs",
+    "stages/test_finetune",
+    "runtime/test_launch_ray",
+    "stages/test_fsdp",
+    "soak/test_crashes",
+    "runtime/test_elastic_ray",
+    "runtime/test_submit",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first, so that two processes that share the files end together."""
-    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+    """The longest files first, so that two processes that share the files end together."""
+    place_of = {Path(__file__).parent / f"{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place_of.get(item.path, len(LONGEST)))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

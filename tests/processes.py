@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import queue
@@ -11,11 +12,25 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from dpldm_dist.runtime.collective import GroupCollective, SoloCollective
+
+ROOT = Path(__file__).parents[1]
+
+
+def warm_processes() -> Any:
+    """A context whose processes are forked from one that has imported everything (tests/warm.py)."""
+    context = multiprocessing.get_context("forkserver")
+    # pytest: a child imports the program that its parent began with
+    context.set_forkserver_preload(["pytest", "tests.warm"])
+    path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    with mock.patch.dict(os.environ, PYTHONPATH=path):
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 def on_workers(
@@ -28,7 +43,7 @@ def on_workers(
     """
     if world_size == 1:
         return [_outcome(function, SoloCollective(), arguments)]
-    context = multiprocessing.get_context("spawn")
+    context = warm_processes()
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         workers = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -13,9 +12,9 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from unittest.mock import patch
 
 from dpldm_dist.config import Config
+from tests.processes import warm_processes
 from tests.soak.inside import (
     OF_A_STEP,
     OF_THE_END,
@@ -28,7 +27,6 @@ from tests.soak.inside import (
 )
 from tests.soak.tiny import arguments
 
-ROOT = Path(__file__).parents[2]
 LIMIT_S = 600.0  # who says nothing for longer hangs
 START_STEPS = 10  # a start takes about as long as so many steps
 _SHARE = 0.6  # of a life within which it is killed: with more workers it is shorter
@@ -70,9 +68,7 @@ class Nest:
         self._folder = folder
         self.temporary = folder / "temporary"
         self.temporary.mkdir()
-        self._context = multiprocessing.get_context("forkserver")
-        # pytest: a child imports the program that its parent began with
-        self._context.set_forkserver_preload(["pytest", "tests.soak.warm"])
+        self._context = warm_processes()
         self._lives = 0
 
     def live(
@@ -99,9 +95,7 @@ class Nest:
             health_every=health_every,
         )
         driver = self._context.Process(target=drive, args=(errand,))
-        path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-        with patch.dict(os.environ, PYTHONPATH=path):  # for the fork server, once
-            driver.start()
+        driver.start()
         theirs.close()
         life = Life(workers)
         try:

@@ -1,7 +1,7 @@
-"""What every process of these tests begins with. A fork server imports it once and forks from it.
+"""What processes of tests begin with. A fork server imports it once and forks from it.
 
-A start of the command line takes seconds to import its libraries; forked from here it takes none.
-Only imports, and the answers of pure functions, are carried over.
+A process takes seconds to import the libraries; forked from here it takes none. Only imports, and
+the answers of pure functions, are carried over.
 """
 
 from __future__ import annotations
