@@ -9,7 +9,10 @@ from dpldm_dist.models.unet import spare_idle_attention
 
 
 class Denoiser(nn.Module):
-    """(z_t (R, C, H, W), times (R,), labels (R,) or context (R, N, D)) -> answer (R, C, H, W)."""
+    """(z_t (R, C, H, W), times (R,), labels (R,) or context (R, N, D)) -> answer (R, C, H, W).
+
+    ``unet`` gets processors of its own for cross-attention (``spare_idle_attention``).
+    """
 
     def __init__(self, unet: nn.Module, embedder: ClassEmbedder) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
@@ -91,11 +92,13 @@ class _CrossAttention(AttnProcessor2_0):
 
 
 def spare_idle_attention(unet: nn.Module) -> None:
-    """In place: cross-attention to one token costs next to nothing. The function computed is the
-    same; nothing of this is saved with the model."""
-    for name, module in unet.named_modules():
-        if name.endswith(".attn2") and type(module.processor) is AttnProcessor2_0:
-            module.set_processor(_CrossAttention())
+    """In place: cross-attention to one token costs next to nothing in transformer blocks, which add
+    its answer to their rows. The function computed is the same; nothing of this is saved with the
+    model."""
+    for block in unet.modules():
+        attention = block.attn2 if isinstance(block, BasicTransformerBlock) else None
+        if attention is not None and type(attention.processor) is AttnProcessor2_0:
+            attention.set_processor(_CrossAttention())
 
 
 def unet_layers(unet: UNet2DConditionModel) -> list[nn.Module]:

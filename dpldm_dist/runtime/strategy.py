@@ -45,8 +45,9 @@ def checkpoint_activations(model: nn.Module, *, run: RunConfig) -> None:
     able = [m for m in model.modules() if getattr(m, "_supports_gradient_checkpointing", False)]
     if not able:
         raise ConfigError(
-            f"run.activation_checkpointing: {type(model).__name__} has no part that can compute "
-            "its activations again. Set it to false."
+            f"run.activation_checkpointing: no part of {type(model).__name__} can compute its "
+            "activations again, as in a VQ autoencoder. For this stage give "
+            "--set run.activation_checkpointing=false."
         )
     for module in able:
         module.enable_gradient_checkpointing()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from dpldm_dist.config import load_config
 from dpldm_dist.errors import ConfigError
@@ -73,6 +74,20 @@ def test_spared_attention_computes_what_diffusers_computes(tokens):
             assert tokens == 1 and gradient.abs().max() < 1e-5
         else:
             assert torch.allclose(gradient, other, atol=1e-3 * float(gradient.abs().max()))
+
+
+def test_blocks_that_use_the_answer_otherwise_are_left_alone():
+    """K blocks lay the answer out as a map of its own."""
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(64, 64),
+        layers_per_block=1, attention_head_dim=2, cross_attention_dim=8, norm_num_groups=4,
+        down_block_types=("KCrossAttnDownBlock2D", "KDownBlock2D"), mid_block_type=None,
+        up_block_types=("KUpBlock2D", "KCrossAttnUpBlock2D"),
+    )  # fmt: skip
+    rows, context = torch.randn(2, 4, 8, 8), torch.randn(2, 1, 8)
+    stock = unet(rows, torch.arange(2), context).sample
+    spare_idle_attention(unet)
+    assert torch.equal(unet(rows, torch.arange(2), context).sample, stock)
 
 
 def test_attention_to_one_token_computes_neither_query_nor_key():

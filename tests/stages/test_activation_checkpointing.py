@@ -48,5 +48,5 @@ def test_a_model_that_cannot_is_named():
         layers_per_block=1, norm_groups=4, mid_attention=False, vq_codes=8, seed=0,
     )  # fmt: skip
     checkpoint_activations(vq, run=RunConfig())
-    with pytest.raises(ConfigError, match="VQModel has no part that can compute its activations"):
+    with pytest.raises(ConfigError, match="no part of VQModel can compute its activations"):
         checkpoint_activations(vq, run=RunConfig(activation_checkpointing=True))

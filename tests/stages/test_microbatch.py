@@ -56,6 +56,13 @@ def test_the_first_start_measures_and_records_and_a_restart_uses_it(root, monkey
     assert "microbatches of 4" in RunDir(again.run.dir).ledger.read_text()
 
 
+def test_what_was_measured_on_passes_that_keep_less_is_refused_for_others(root):
+    spared = {"microbatch": "auto", "activation_checkpointing": True}
+    run_alone(settings(root, "spared", run=spared))
+    with pytest.raises(ConfigError, match="measured with run.activation_checkpointing = true"):
+        run_alone(settings(root, "spared", run=spared | {"activation_checkpointing": False}))
+
+
 def test_settling_equals_asking_for_that_number(root):
     auto = settings(root, "auto", run={"microbatch": "auto", "unsafe_test_key": TEST_KEY})
     run_alone(auto)

@@ -21,6 +21,7 @@ from dpldm_dist.stages.finetune.preparation import public_model_dir, trainable_m
 from dpldm_dist.stages.finetune.private_data import PrivateData
 from dpldm_dist.stages.mechanism import recorded_microbatch
 
+_SPARED = "activation_checkpointing"
 _SHARE = {"cpu": 0.5, "cuda": 0.8}  # of the free memory: the rest is for what grows, and for pieces
 
 
@@ -32,7 +33,7 @@ def with_settled_microbatch(
     Where it is "auto" and no start has settled it yet, passes over 2, 4, 8, ... made-up records are
     run and their memory is measured, as far as every worker's device holds them and a lane fills
     them. The last that fits is written to ``public/microbatch.json``, and later starts use it.
-    Raises: ConfigError if not even two records fit.
+    Raises: ConfigError if not even two records fit, or if it was measured with less memory.
     """
     if config.run.microbatch != "auto":
         return plan
@@ -44,12 +45,13 @@ def with_settled_microbatch(
             raise ConfigError(
                 f"run.microbatch = auto: a pass over two records takes {measured[0][1]:,} bytes; "
                 f"expected at most {most:,} on this worker, or less on another. Lower "
-                "finetune.draws, take a smaller model, or divide it over workers "
-                "(run.strategy = fsdp)."
+                "finetune.draws, take a smaller model, set run.activation_checkpointing=true, or "
+                "divide the model over workers (run.strategy = fsdp)."
             )
         if worker.rank == 0:
-            _record(run, fits[-1], measured, most, worker.device)
+            _record(config, run, fits[-1], measured, most, worker.device)
         worker.collective.barrier()
+    _refuse_more_memory(config, run)
     return replace(plan, microbatch=worker.collective.broadcast_json(recorded_microbatch(run)))
 
 
@@ -103,12 +105,29 @@ def _all(holds: bool, worker: Worker) -> bool:
     return not worker.most(int(not holds))
 
 
+def _refuse_more_memory(config: Config, run: RunDir) -> None:
+    """What was measured on passes that keep less may not fit. Raises: ConfigError."""
+    spared = json.loads(run.microbatch.read_text()).get(_SPARED, False)
+    if spared and not config.run.activation_checkpointing:
+        raise ConfigError(
+            f"{run.microbatch} was measured with run.activation_checkpointing = true, and passes "
+            "without it take more memory: expected the same. Set it, or give "
+            "run.microbatch as a number."
+        )
+
+
 def _record(
-    run: RunDir, chosen: int, measured: list[tuple[int, int]], most: int, device: torch.device
+    config: Config,
+    run: RunDir,
+    chosen: int,
+    measured: list[tuple[int, int]],
+    most: int,
+    device: torch.device,
 ) -> None:
     facts = {
         "microbatch": chosen,
         "device": device.type,
+        _SPARED: config.run.activation_checkpointing,
         "bytes_at_most": most,
         "bytes_by_records": dict(measured),
     }

@@ -41,6 +41,9 @@ from dpldm_dist.runtime.worker import Worker, arithmetic
 from dpldm_dist.stages.mechanism import reservation_of
 from dpldm_dist.stages.places import is_finished, place_of
 
+_ARITHMETIC = 2
+"""To be raised with every change that moves bits of a sum."""
+
 
 def declared_records(config: Config, latents: LatentShards) -> int:
     """N that is declared to the public.
@@ -109,7 +112,7 @@ def lineage(
         f"blocks of {BLOCK}",
         "arithmetic": f"{arithmetic(worker.device)}, {native.name()}",
         "threads": str(torch.get_num_threads()),
-        "code": __version__,
+        "code": f"{__version__}, arithmetic {_ARITHMETIC}",
     }
 
 
