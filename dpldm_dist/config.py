@@ -413,8 +413,9 @@ class RunConfig(_Section):
     measured on made-up records by the first start and kept in public/microbatch.json."""
     activation_checkpointing: bool = False
     """Blocks compute their activations again in the backward pass instead of keeping them: less
-    memory, 15 to 21 % more time, in public and private training. Never changes the result. With
-    ``microbatch`` "auto" set it before the first start. A VQ autoencoder cannot."""
+    memory and more time (15 to 21 % in private training), in public training too. Never changes
+    the result. With ``microbatch`` "auto" set it before the first start; a VQ autoencoder
+    cannot."""
     prefetch: int = Field(4, ge=0)
     """Microbatches that a worker makes ready in the background while it computes: never changes the
     result. 0: none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 from dpldm_dist.config import Config
 from dpldm_dist.data.manifest import Manifest
@@ -74,13 +75,18 @@ def microbatch_of(config: Config) -> int:
     """Records of a microbatch. "auto" that no start has settled yet is taken for 64."""
     if config.run.microbatch != "auto":
         return config.run.microbatch
-    return recorded_microbatch(RunDir(config.run.dir)) or _UNSETTLED
+    record = microbatch_record(RunDir(config.run.dir))
+    return _UNSETTLED if record is None else record["microbatch"]
 
 
-def recorded_microbatch(run: RunDir) -> int | None:
-    """What the first start settled. Raises: RunError if its file is damaged."""
+def microbatch_record(run: RunDir) -> dict[str, Any] | None:
+    """What the first start settled, as ``microbatch``, and how it measured that.
+
+    Raises: RunError if its file is damaged.
+    """
     try:
-        found = json.loads(run.microbatch.read_text())["microbatch"]
+        record = json.loads(run.microbatch.read_text())
+        found = record["microbatch"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
@@ -91,7 +97,7 @@ def recorded_microbatch(run: RunDir) -> int | None:
             "that number, or remove the file to have it measured again (another number opens a "
             "new attempt, whose steps are charged)."
         )
-    return found
+    return record
 
 
 def request_of(plan: PrivacyPlan) -> Request:

@@ -19,7 +19,7 @@ from dpldm_dist.runtime.rundir import KEY_BYTES, RunDir
 from dpldm_dist.runtime.worker import Worker
 from dpldm_dist.stages.finetune.preparation import public_model_dir, trainable_model
 from dpldm_dist.stages.finetune.private_data import PrivateData
-from dpldm_dist.stages.mechanism import recorded_microbatch
+from dpldm_dist.stages.mechanism import microbatch_record
 
 _SPARED = "activation_checkpointing"
 _SHARE = {"cpu": 0.5, "cuda": 0.8}  # of the free memory: the rest is for what grows, and for pieces
@@ -37,7 +37,7 @@ def with_settled_microbatch(
     """
     if config.run.microbatch != "auto":
         return plan
-    if not worker.collective.broadcast_json(recorded_microbatch(run) is not None):
+    if not worker.collective.broadcast_json(microbatch_record(run) is not None):
         most = int(_SHARE[worker.device.type] * free_bytes(worker))
         measured = _measure(config, plan, run, latents, worker, most=most)
         fits = [records for records, peak in measured if _all(peak <= most, worker)]
@@ -51,8 +51,14 @@ def with_settled_microbatch(
         if worker.rank == 0:
             _record(config, run, fits[-1], measured, most, worker.device)
         worker.collective.barrier()
-    _refuse_more_memory(config, run)
-    return replace(plan, microbatch=worker.collective.broadcast_json(recorded_microbatch(run)))
+    record = worker.collective.broadcast_json(microbatch_record(run))
+    if record.get(_SPARED) and not config.run.activation_checkpointing:
+        raise ConfigError(
+            f"{run.microbatch} was measured with run.activation_checkpointing = true, and passes "
+            "without it take more memory: expected the same. Set it, or give "
+            "run.microbatch as a number."
+        )
+    return replace(plan, microbatch=record["microbatch"])
 
 
 def candidates(*, batch: float, lanes: int) -> list[int]:
@@ -103,17 +109,6 @@ def _measure(
 def _all(holds: bool, worker: Worker) -> bool:
     """Whether it holds for every worker."""
     return not worker.most(int(not holds))
-
-
-def _refuse_more_memory(config: Config, run: RunDir) -> None:
-    """What was measured on passes that keep less may not fit. Raises: ConfigError."""
-    spared = json.loads(run.microbatch.read_text()).get(_SPARED, False)
-    if spared and not config.run.activation_checkpointing:
-        raise ConfigError(
-            f"{run.microbatch} was measured with run.activation_checkpointing = true, and passes "
-            "without it take more memory: expected the same. Set it, or give "
-            "run.microbatch as a number."
-        )
 
 
 def _record(
