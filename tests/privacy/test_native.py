@@ -12,6 +12,7 @@ pytestmark = pytest.mark.skipif(
 )
 ORDERS = ["by token", "by channel", "a part of wider rows", "with gaps"]
 SIZES = [(1, 1, 1, 1), (3, 16, 5, 7), (5, 4, 64, 3), (17, 9, 70, 200), (2, 100, 65, 4)]
+SIZES += [(2, 40, 128, 8), (2, 40, 8, 128)]  # inputs read where they lie; results written across
 
 
 @pytest.fixture(params=["AVX512", "AVX2"])
@@ -194,8 +195,9 @@ def test_without_kernels_nothing_is_served(missing, monkeypatch, tmp_path):
 def test_products_of_records_are_those_of_float64(kernels, left, right, sizes):
     records, tokens, _, out_width = sizes
     grad_BTO, input_BTD = in_order(left, records, tokens, out_width), in_order(right, *sizes[:3])
-    found_BODA = native.products(grad_BTO, input_BTD, native.straight(tokens))
+    found_BODA, square_B = native.products(grad_BTO, input_BTD, native.straight(tokens))
     exact_BOD = grad_BTO.double().mT @ input_BTD.double()
     terms_BOD = grad_BTO.double().abs().mT @ input_BTD.double().abs()
     error = 1.1 * native.sum_roundings(tokens) * 2.0**-24
     assert ((found_BODA[..., 0] - exact_BOD).abs() <= error * terms_BOD).all()
+    torch.testing.assert_close(square_B, found_BODA.double().square().sum((1, 2, 3)))

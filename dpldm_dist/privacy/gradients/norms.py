@@ -44,7 +44,7 @@ def record_norms(terms: Sequence[Operands | Products], mask_B: Tensor) -> Record
     """
     total_4B = torch.zeros(4, len(mask_B), dtype=torch.float64, device=mask_B.device)
     for products in (term for term in terms if isinstance(term, Products)):
-        total_4B[0] += _product_squares(products)
+        total_4B[0] += products.square_B
     total_4B[2] = total_4B[0]  # the norm of a product is its Cauchy bound
     total_4B[3] = total_4B[0] * (1.1 * UNIT) ** 2  # its factor is applied in float32
     waiting: list[Operands] = []
@@ -146,12 +146,6 @@ def _grams(group: Sequence[Operands], grad_BTT: Tensor, input_BTT: Tensor) -> in
     if first.layer.bias is not None:
         input_BTT += 1.0
     return length
-
-
-def _product_squares(products: Products) -> Tensor:
-    """Squared norm of each record in one layer, (B,)."""
-    parts = [part for part in (products.weight, products.bias) if part is not None]
-    return sum(torch.linalg.vector_norm(p, dim=1, dtype=torch.float64).square() for p in parts)
 
 
 def _stackable(pending: Sequence[Sequence[Operands]], group: Sequence[Operands]) -> bool:

@@ -39,11 +39,13 @@ class Operands:
 
 @dataclass(frozen=True, eq=False)
 class Products:
-    """A layer's per-record gradients themselves, float32: (B, weights), (B, biases) or None."""
+    """A layer's per-record gradients themselves, float32: (B, weights), (B, biases) or None; and
+    the squared norm of both together, float64 (B,)."""
 
     layer: Layer
     weight: Tensor | None
     bias: Tensor | None
+    square_B: Tensor
 
 
 def tokens_of(operands: Operands) -> tuple[Tensor, native.Pairs]:

@@ -28,6 +28,8 @@ from dpldm_dist.privacy.gradients.operands import (
     tokens_of,
 )
 
+_NUMBERS_WORTH = 64  # inner products' multiplications, twice, that cost as much as a kept number
+
 
 class Tape:
     """Collects what every tapped layer keeps during one backward pass."""
@@ -97,8 +99,9 @@ class _Root(torch.autograd.Function):
 def keep(layer: Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Operands | Products:
     """What is kept of a layer: its per-record gradients, or the operands if those are smaller.
 
-    Smaller is cheaper, too: products take T D O multiplications and D O numbers, a Gram form
-    T^2 (D + O) multiplications and T (D + O) numbers.
+    Smaller is mostly cheaper, too: both take T D O multiplications, then products are written and
+    read again, and a Gram form takes T^2 (D + O) / 2 more. Where that is dearer, products are kept
+    that take up to twice the memory.
     """
     if layer.kind in ("group_norm", "layer_norm"):
         return _norm_products(layer, seen, grad, draws=draws)
@@ -111,17 +114,23 @@ def keep(layer: Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Operands | 
     else:
         grad_BTO, kept = patches.fold(grad, draws), patches.fold(seen, draws)
     if layer.weight is None:
-        return Products(layer, None, _token_sums(grad_BTO))
+        bias_BO = _token_sums(grad_BTO)
+        return Products(layer, None, bias_BO, _squares(bias_BO))
     tokens, out_width = grad_BTO.shape[1:]
     pixels = tokens if window is None else draws * seen.shape[2] * seen.shape[3]
     width = kept.shape[2] if window is None else kept.shape[1]  # a pixel is read where it lies
     weights = layer.module.weight.numel()
     operands = Operands(layer, kept, grad_BTO, window)
-    small = weights > tokens * (width + out_width)
+    numbers = tokens * (width + out_width)
+    dear = pixels**2 * width + tokens**2 * out_width >= _NUMBERS_WORTH * weights
+    small = weights > (2 * numbers if dear else numbers)
     if small and 0 < tokens <= MOST_TOKENS and pixels <= MOST_TOKENS:
         return with_squares(operands)
-    bias_BO = None if layer.bias is None else _token_sums(grad_BTO)
-    return Products(layer, _products(operands), bias_BO)
+    weight_BP, square_B = _products(operands)
+    if layer.bias is None:
+        return Products(layer, weight_BP, None, square_B)
+    bias_BO = _token_sums(grad_BTO)
+    return Products(layer, weight_BP, bias_BO, square_B + _squares(bias_BO))
 
 
 def _token_sums(grad_BTO: Tensor) -> Tensor:
@@ -130,16 +139,23 @@ def _token_sums(grad_BTO: Tensor) -> Tensor:
     return native.token_sums(grad_BTO) if native.serves(grad_BTO.device) else grad_BTO.sum(1)
 
 
-def _products(operands: Operands) -> Tensor:
-    """The gradients of a layer's weight, float32 (B, weights)."""
+def _products(operands: Operands) -> tuple[Tensor, Tensor]:
+    """The gradients of a layer's weight, float32 (B, weights), and their squared norms, (B,)."""
     grad_BTO = operands.grad_BTO.float()
     if native.serves(grad_BTO.device):
-        return native.products(grad_BTO, *tokens_of(operands)).flatten(1)
+        products_BODA, square_B = native.products(grad_BTO, *tokens_of(operands))
+        return products_BODA.flatten(1), square_B
     input_BTD = operands.input.float()
     if operands.window is not None:
         input_BTD = patches.tokens(input_BTD, operands.window)
     with plain_arithmetic(grad_BTO.device):
-        return torch.bmm(grad_BTO.mT, input_BTD).flatten(1)
+        products_BP = torch.bmm(grad_BTO.mT, input_BTD).flatten(1)
+    return products_BP, _squares(products_BP)
+
+
+def _squares(part_BP: Tensor) -> Tensor:
+    """Squared norm of every row, float64 (B,)."""
+    return torch.linalg.vector_norm(part_BP, dim=1, dtype=torch.float64).square()
 
 
 def _norm_products(layer: Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Products:
@@ -155,8 +171,7 @@ def _norm_products(layer: Layer, seen: Tensor, grad: Tensor, *, draws: int) -> P
         scale_BW, shift_BW = native.norm_products(
             pair[0].float(), pair[1], records=records, groups=groups, eps=module.eps
         )
-        weight, bias = layer.weight is not None, layer.bias is not None
-        return Products(layer, scale_BW if weight else None, shift_BW if bias else None)
+        return _learning(layer, scale_BW, shift_BW)
     if layer.kind == "group_norm":
         normal = F.group_norm(seen.float(), module.num_groups, eps=module.eps)
         sums, width = tuple(range(2, grad.dim())), grad.shape[1]
@@ -169,11 +184,15 @@ def _norm_products(layer: Layer, seen: Tensor, grad: Tensor, *, draws: int) -> P
         rows = tensor.sum(sums) if sums else tensor
         return rows.reshape(-1, draws, width).sum(1)
 
-    return Products(
-        layer,
-        None if layer.weight is None else per_record(grad * normal),
-        None if layer.bias is None else per_record(grad),
-    )
+    return _learning(layer, per_record(grad * normal), per_record(grad))
+
+
+def _learning(layer: Layer, weight_BP: Tensor, bias_BO: Tensor) -> Products:
+    """Those of the two that learn."""
+    pairs = ((layer.weight, weight_BP), (layer.bias, bias_BO))
+    weight, bias = (part if place is not None else None for place, part in pairs)
+    square_B = sum(_squares(part) for part in (weight, bias) if part is not None)
+    return Products(layer, weight, bias, square_B)
 
 
 def _embedding_operands(layer: Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Operands:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 _KERNELS = {"AVX512": "_records_avx512", "AVX2": "_records_avx2"}
 _HIGH, _WIDE = 3, 64  # outputs and inputs of a tile
+_TRANSPOSED = 2  # times less work must pay for results that are written across their rows
 LARGEST = 2.0**27
 """Units that a record may add to a coordinate."""
 
@@ -115,7 +116,7 @@ def add_records(
     what is rounded is at most ``LARGEST``.
     """
     outputs, inputs, _ = weight_ODA.shape
-    if 2 * _work(high=inputs, wide=outputs) < _work(high=outputs, wide=inputs):
+    if _TRANSPOSED * _work(high=inputs, wide=outputs) < _work(high=outputs, wide=inputs):
         if bias_O is not None:
             add_rows(token_sums(grad_BTO), factor_B, step=step, out_P=bias_O)
         add_records(
@@ -132,19 +133,22 @@ def add_records(
     _in_parts(outputs, lambda first, last: run(ctypes.byref(task), first, last), least=_HIGH)
 
 
-def products(grad_BTO: Tensor, input_BTD: Tensor, pairs: Pairs) -> Tensor:
-    """sum_p grad[b, p'] input[b, p'']^T of every record and place, float32 (B, O, D, A)."""
+def products(grad_BTO: Tensor, input_BTD: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """sum_p grad[b, p'] input[b, p'']^T of every record and place, float32 (B, O, D, A), and the
+    sum of its squares, float64 (B,)."""
     records, outputs, inputs = len(grad_BTO), grad_BTO.shape[2], input_BTD.shape[2]
     out_BODA = _empty(records, outputs, inputs, len(pairs.starts) - 1)
     part_ODA = out_BODA[0]
-    if _work(high=inputs, wide=outputs) < _work(high=outputs, wide=inputs):
+    if _TRANSPOSED * _work(high=inputs, wide=outputs) < _work(high=outputs, wide=inputs):
         grad_BTO, input_BTD, part_ODA = input_BTD, grad_BTO, part_ODA.transpose(0, 1)
         pairs = Pairs(pairs.starts, pairs.grad_token, pairs.input_token)
     task = _task(grad_BTO, input_BTD, pairs, part_ODA)
-    head, tail = (ctypes.byref(task), grad_BTO.shape[2]), (out_BODA.data_ptr(), out_BODA.stride(0))
+    square_B = _empty(records, dtype=torch.float64)
+    head = ctypes.byref(task), grad_BTO.shape[2]
+    tail = out_BODA.data_ptr(), out_BODA.stride(0), square_B.data_ptr()
     run = _library().dpldm_products
     _in_parts(records, lambda first, last: run(*head, first, last, *tail), least=1)
-    return out_BODA
+    return out_BODA, square_B
 
 
 def token_sums(grad_BTO: Tensor) -> Tensor:
@@ -290,7 +294,7 @@ def _library() -> Any:
 def _declare(library: Any) -> None:
     integer, pointer, double = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
     library.dpldm_sum.argtypes = [pointer, integer, integer]
-    library.dpldm_products.argtypes = [pointer, *[integer] * 3, pointer, integer]
+    library.dpldm_products.argtypes = [pointer, *[integer] * 3, pointer, integer, pointer]
     library.dpldm_token_sums.argtypes = [*[integer] * 3, pointer, integer, pointer]
     library.dpldm_rows.argtypes = [integer, pointer, integer, pointer, double]
     library.dpldm_rows.argtypes += [pointer, integer, integer]

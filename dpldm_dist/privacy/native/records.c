@@ -34,12 +34,15 @@
 #define NEAR (2 * CHUNK)   /* tokens that are read again and again before the next ones */
 #define RUN 8              /* vectors of a row that are added before they join the others */
 #define SIDE 4             /* tokens of a tile of inner products, each way */
+#define FEW_TILES 4        /* that may read inputs where they lie far apart */
 #define SLICE 96           /* outputs that are worked on at a time */
 #define BLOCK_BYTES 262144 /* of their gradients: they stay in the cache meanwhile */
 
 typedef float single_v __attribute__((vector_size(BYTES)));
 typedef float loose_v __attribute__((vector_size(BYTES), aligned(4))); /* at any address */
 typedef int32_t index_v __attribute__((vector_size(BYTES)));
+typedef double eight_v __attribute__((vector_size(64)));
+typedef float eight_single_v __attribute__((vector_size(32), aligned(4)));
 
 typedef struct {
     const float *at;
@@ -65,30 +68,55 @@ static float *zeros(int64_t count) {
     return made;
 }
 
+#ifdef __AVX512F__
+static const index_v LOWER = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+static const index_v UPPER = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+#else
+static const index_v LOWER = {0, 8, 1, 9, 2, 10, 3, 11};
+static const index_v UPPER = {4, 12, 5, 13, 6, 14, 7, 15};
+#endif
+
+/* LANES numbers, `column` apart, of LANES tokens side by side: to rows of `width`. */
+static inline void transpose(const float *from, int64_t column, int64_t width, float *to) {
+    single_v line[LANES], next[LANES];
+    for (int i = 0; i < LANES; i++) line[i] = *(const loose_v *)(from + i * column);
+#pragma GCC unroll 4
+    for (int round = 0; round < TREE; round++) {
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; i++) {
+            next[2 * i] = __builtin_shuffle(line[i], line[i + LANES / 2], LOWER);
+            next[2 * i + 1] = __builtin_shuffle(line[i], line[i + LANES / 2], UPPER);
+        }
+        memcpy(line, next, sizeof line);
+    }
+    for (int t = 0; t < LANES; t++) *(loose_v *)(to + t * width) = line[t];
+}
+
 /* `count` numbers of each of `rows` tokens from number `first` on, times `factor`, to rows of
  * `width`. */
 static void place(const numbers *from, int64_t record, int64_t first, int64_t count, int64_t rows,
                   int64_t width, double factor, float *to) {
     const float *row = from->at + record * from->record + first * from->column;
+    int64_t row_step = from->row;
     if (from->column != 1) { /* tokens side by side: a line of the cache holds several of them */
-        for (int64_t t = 0; t < rows; t += LANES)
-            for (int64_t i = 0; i < count; i++) {
-                const float *at = row + t * from->row + i * from->column;
-                float *out = to + t * width + i;
-                if (rows - t >= LANES && from->row == 1 && factor == 1.0)
-#pragma GCC unroll 16
-                    for (int s = 0; s < LANES; s++) out[s * width] = at[s];
-                else
-                    for (int64_t s = 0; s < rows - t && s < LANES; s++)
-                        out[s * width] = (float)(factor * at[s * from->row]);
-            }
-        return;
+        for (int64_t t = 0; t < rows; t += LANES) {
+            int64_t some = rows - t < LANES ? rows - t : LANES, i = 0;
+            const float *at = row + t * from->row;
+            float *out = to + t * width;
+            for (; from->row == 1 && some == LANES && count - i >= LANES; i += LANES)
+                transpose(at + i * from->column, from->column, width, out + i);
+            for (; i < count; i++)
+                for (int64_t s = 0; s < some; s++)
+                    out[s * width + i] = at[s * from->row + i * from->column];
+        }
+        if (factor == 1.0) return;
+        row = to, row_step = width;
     }
-    for (int64_t t = 0; t < rows; t++, row += from->row, to += width)
+    for (int64_t t = 0; t < rows; t++, row += row_step, to += width)
         if (factor != 1.0)
             for (int64_t i = 0; i < count; i++) to[i] = (float)(factor * row[i]);
         else
-            for (int64_t i = 0; i < count; i++) to[i] = row[i];
+            memcpy(to, row, count * sizeof(float));
 }
 
 /* The same with zeros behind. */
@@ -124,31 +152,20 @@ typedef struct {
 
 typedef single_v tile[HIGH][VECTORS];
 
-static inline __attribute__((always_inline)) void add_pairs(const task *of, int64_t p, int64_t end,
-                                                            const float *x, const float *g,
+/* What the pairs [p, end) come to; inputs lie x_row apart, gradients g_row. */
+static inline __attribute__((always_inline)) void add_pairs(const int32_t *input_token,
+                                                            const int32_t *grad_token, int64_t p,
+                                                            int64_t end, const float *x,
+                                                            int64_t x_row, const float *g,
                                                             int64_t g_row, tile part) {
     for (int o = 0; o < HIGH; o++)
         for (int v = 0; v < VECTORS; v++) part[o][v] = (single_v){0};
+#pragma GCC unroll 4
     for (; p < end; p++) {
-        const single_v *xs = (const single_v *)(x + of->input_token[p] * (int64_t)WIDE);
-        const float *gs = g + of->grad_token[p] * g_row;
+        const single_v *xs = (const single_v *)(x + input_token[p] * x_row);
+        const float *gs = g + grad_token[p] * g_row;
         for (int o = 0; o < HIGH; o++)
             for (int v = 0; v < VECTORS; v++) part[o][v] += gs[o] * xs[v];
-    }
-}
-
-/* What the pairs of a place come to in one record; `many`: they are more than CHUNK. */
-static inline __attribute__((always_inline)) void add_place(const task *of, int many,
-                                                            int64_t place, const float *x,
-                                                            const float *g, int64_t g_row,
-                                                            tile part) {
-    const int64_t first = of->starts[place], last = of->starts[place + 1];
-    tile more;
-    add_pairs(of, first, many ? first + CHUNK : last, x, g, g_row, part);
-    for (int64_t p = first + CHUNK; many && p < last; p += CHUNK) {
-        add_pairs(of, p, last - p < CHUNK ? last : p + CHUNK, x, g, g_row, more);
-        for (int o = 0; o < HIGH; o++)
-            for (int v = 0; v < VECTORS; v++) part[o][v] += more[o][v];
     }
 }
 
@@ -158,23 +175,30 @@ static void spill(index_v held[HIGH][VECTORS], double *sum) {
     for (int i = 0; i < HIGH * WIDE; i++) sum[i] += number[i];
 }
 
-/* sum = a tile of the records [start, stop), whose inputs and gradients lie in `x` and `g`. */
+/* sum = a tile of `count` records, whose inputs and gradients lie in `x` and `g`, at a place with more
+ * than CHUNK pairs (`many`) or fewer. */
 static inline __attribute__((always_inline)) void tile_of_sum(const task *of, int many,
-                                                              int64_t place, int64_t start,
-                                                              int64_t stop, const float *x,
-                                                              const float *g, int64_t g_row,
-                                                              double *sum) {
+                                                              int64_t place, int64_t count,
+                                                              const float *x, const float *g,
+                                                              int64_t g_row, double *sum) {
+    const int64_t first = of->starts[place], pairs = of->starts[place + 1] - first;
+    const int64_t x_record = of->input_tokens * WIDE, g_record = of->grad_tokens * g_row;
+    const int32_t *input_token = of->input_token + first, *grad_token = of->grad_token + first;
     memset(sum, 0, HIGH * WIDE * sizeof(double));
-    for (int64_t b = start; b < stop;) {
+    for (int64_t b = 0; b < count;) {
         index_v held[HIGH][VECTORS];
         for (int o = 0; o < HIGH; o++)
             for (int v = 0; v < VECTORS; v++) held[o][v] = (index_v){0};
-        const int64_t end = stop - b < HELD ? stop : b + HELD;
-        for (; b < end; b++) {
-            if (of->factor[b] == 0.0) continue;
-            tile part;
-            add_place(of, many, place, x + (b - start) * of->input_tokens * WIDE,
-                      g + (b - start) * of->grad_tokens * g_row, g_row, part);
+        const int64_t end = count - b < HELD ? count : b + HELD;
+        for (; b < end; b++, x += x_record, g += g_record) {
+            tile part, more;
+            add_pairs(input_token, grad_token, 0, many ? CHUNK : pairs, x, WIDE, g, g_row, part);
+            for (int64_t p = CHUNK; many && p < pairs; p += CHUNK) {
+                int64_t until = pairs - p < CHUNK ? pairs : p + CHUNK;
+                add_pairs(input_token, grad_token, p, until, x, WIDE, g, g_row, more);
+                for (int o = 0; o < HIGH; o++)
+                    for (int v = 0; v < VECTORS; v++) part[o][v] += more[o][v];
+            }
             for (int o = 0; o < HIGH; o++)
                 for (int v = 0; v < VECTORS; v++) held[o][v] += rounded(part[o][v]);
         }
@@ -182,14 +206,14 @@ static inline __attribute__((always_inline)) void tile_of_sum(const task *of, in
     }
 }
 
-static void tile_of_few(const task *of, int64_t place, int64_t start, int64_t stop, const float *x,
+static void tile_of_few(const task *of, int64_t place, int64_t count, const float *x,
                         const float *g, int64_t g_row, double *sum) {
-    tile_of_sum(of, 0, place, start, stop, x, g, g_row, sum);
+    tile_of_sum(of, 0, place, count, x, g, g_row, sum);
 }
 
-static void tile_of_many(const task *of, int64_t place, int64_t start, int64_t stop, const float *x,
+static void tile_of_many(const task *of, int64_t place, int64_t count, const float *x,
                          const float *g, int64_t g_row, double *sum) {
-    tile_of_sum(of, 1, place, start, stop, x, g, g_row, sum);
+    tile_of_sum(of, 1, place, count, x, g, g_row, sum);
 }
 
 /* whole = the sum of `tokens` rows, at least one, in runs of CHUNK; `part` is work space. */
@@ -244,32 +268,33 @@ int dpldm_sum(const task *of, int64_t first, int64_t last) {
     if (block > of->records) block = of->records;
     int64_t x_record = of->input_tokens * WIDE, g_record = of->grad_tokens * g_row;
     float *x = buffer(block * x_record, sizeof(float)), *g = buffer(block * g_record, sizeof(float));
+    int64_t *live = buffer(block, sizeof(int64_t));
     double sum[HIGH * WIDE] __attribute__((aligned(BYTES)));
-    int failed = !x || !g;
+    int failed = !x || !g || !live;
     for (int64_t slice = first; slice < last && !failed; slice += SLICE)
         for (int64_t start = 0; start < of->records; start += block) {
-            int64_t stop = start + block < of->records ? start + block : of->records;
+            int64_t stop = start + block < of->records ? start + block : of->records, count = 0;
             int64_t high = last - slice < SLICE ? last - slice : SLICE;
-            for (int64_t b = start; b < stop; b++) {
-                if (of->factor[b] == 0.0) continue;
-                float *g_b = g + (b - start) * g_record;
-                pack(&of->grad, b, slice, high, of->grad_tokens, g_row, of->factor[b], g_b);
+            for (int64_t b = start; b < stop; b++)
+                if (of->factor[b] != 0.0) live[count++] = b;
+            for (int64_t i = 0; i < count; i++) {
+                float *g_i = g + i * g_record;
+                double factor = of->factor[live[i]];
+                pack(&of->grad, live[i], slice, high, of->grad_tokens, g_row, factor, g_i);
                 if (of->bias)
-                    add_bias(g_b, of->grad_tokens, g_row, high, of->step, of->bias + slice);
+                    add_bias(g_i, of->grad_tokens, g_row, high, of->step, of->bias + slice);
             }
             for (int64_t d = 0; d < of->inputs; d += WIDE) {
                 int64_t wide = of->inputs - d < WIDE ? of->inputs - d : WIDE;
-                for (int64_t b = start; b < stop; b++)
-                    if (of->factor[b] != 0.0)
-                        pack(&of->input, b, d, wide, of->input_tokens, WIDE, 1.0,
-                             x + (b - start) * x_record);
+                for (int64_t i = 0; i < count; i++)
+                    pack(&of->input, live[i], d, wide, of->input_tokens, WIDE, 1.0, x + i * x_record);
                 for (int64_t a = 0; a < of->places; a++) {
                     int64_t pairs = of->starts[a + 1] - of->starts[a];
                     for (int64_t o = 0; o < high; o += HIGH) {
                         if (pairs <= CHUNK)
-                            tile_of_few(of, a, start, stop, x, g + o, g_row, sum);
+                            tile_of_few(of, a, count, x, g + o, g_row, sum);
                         else
-                            tile_of_many(of, a, start, stop, x, g + o, g_row, sum);
+                            tile_of_many(of, a, count, x, g + o, g_row, sum);
                         double *out = of->out + a * of->out_place + (slice + o) * of->out_row +
                                       d * of->out_column;
                         for (int64_t i = 0; i < HIGH && o + i < high; i++, out += of->out_row)
@@ -283,15 +308,15 @@ int dpldm_sum(const task *of, int64_t first, int64_t last) {
                 }
             }
         }
-    free(x), free(g);
+    free(x), free(g), free(live);
     _mm_setcsr(before);
     return failed;
 }
 
 /* whole[a][i] = what the pairs of place a come to in one record, for the outputs of tile i. A few
  * chunks at a time, of all places and outputs: their tokens stay in the nearest cache meanwhile. */
-static void tiles_of_products(const task *of, int64_t tiles, const float *x, const float *g,
-                              int64_t g_row, tile *whole) {
+static void tiles_of_products(const task *of, int64_t tiles, const float *x, int64_t x_row,
+                              const float *g, int64_t g_row, tile *whole) {
     int64_t left = 1;
     for (int64_t from = 0; left; from += NEAR) {
         left = 0;
@@ -303,7 +328,8 @@ static void tiles_of_products(const task *of, int64_t tiles, const float *x, con
                 tile part, *sum = whole + a * tiles + i;
                 for (int64_t p = first; p == first || p < last; p += CHUNK) {
                     int64_t end = last - p < CHUNK ? last : p + CHUNK;
-                    add_pairs(of, p, end, x, g + i * HIGH, g_row, part);
+                    add_pairs(of->input_token, of->grad_token, p, end, x, x_row, g + i * HIGH, g_row,
+                              part);
                     if (p == of->starts[a]) memset(*sum, 0, sizeof part);
                     for (int o = 0; o < HIGH; o++)
                         for (int v = 0; v < VECTORS; v++) (*sum)[o][v] += part[o][v];
@@ -313,39 +339,65 @@ static void tiles_of_products(const task *of, int64_t tiles, const float *x, con
     }
 }
 
+static inline void add_squares(const float *numbers, eight_v *sum) {
+    eight_v each = __builtin_convertvector(*(const eight_single_v *)numbers, eight_v);
+    *sum += each * each;
+}
+
+/* Whether WIDE inputs of every token can be read where they lie: on vectors' addresses, and so close
+ * that they do not drive each other from the nearest cache, unless they are read a few times only. */
+static int in_place(const numbers *input, int64_t wide, int64_t tiles) {
+    return input->column == 1 && wide == WIDE && (input->row == WIDE || tiles <= FEW_TILES) &&
+           ((uintptr_t)input->at | input->record * sizeof(float) | input->row * sizeof(float)) %
+                   BYTES == 0;
+}
+
 /* Of every record b in [start, stop):
  *     out[b][a][o][d] = sum_p grad[b][grad_token[p]][o] input[b][input_token[p]][d]
- * in float32, with the pairs of dpldm_sum. Of `of`, factor, step, out and bias are not read.
- * Returns 0, or 1 if memory is short. */
+ * in float32, with the pairs of dpldm_sum, and squares[b] the sum of their squares. Of `of`, factor,
+ * step, out and bias are not read. Returns 0, or 1 if memory is short. */
 int dpldm_products(const task *of, int64_t outputs, int64_t start, int64_t stop, float *out,
-                   int64_t out_record) {
+                   int64_t out_record, double *squares) {
     unsigned before = begin_arithmetic();
     int64_t g_row = multiple(outputs < SLICE ? outputs : SLICE, HIGH);
     float *x = buffer(of->input_tokens * WIDE, sizeof(float));
     float *g = buffer(of->grad_tokens * g_row, sizeof(float));
     tile *whole = buffer(of->places * g_row / HIGH, sizeof(tile));
     int failed = !x || !g || !whole;
-    for (int64_t b = start; b < stop && !failed; b++)
+    for (int64_t b = start; b < stop && !failed; b++) {
+        eight_v square = {0};
         for (int64_t slice = 0; slice < outputs; slice += SLICE) {
             int64_t high = outputs - slice < SLICE ? outputs - slice : SLICE;
             int64_t count = multiple(high, HIGH) / HIGH;
             pack(&of->grad, b, slice, high, of->grad_tokens, g_row, 1.0, g);
             for (int64_t d = 0; d < of->inputs; d += WIDE) {
-                int64_t wide = of->inputs - d < WIDE ? of->inputs - d : WIDE;
-                pack(&of->input, b, d, wide, of->input_tokens, WIDE, 1.0, x);
-                tiles_of_products(of, count, x, g, g_row, whole);
+                int64_t wide = of->inputs - d < WIDE ? of->inputs - d : WIDE, x_row = WIDE;
+                const float *from = x;
+                if (in_place(&of->input, wide, count)) {
+                    from = of->input.at + b * of->input.record + d, x_row = of->input.row;
+                } else {
+                    pack(&of->input, b, d, wide, of->input_tokens, WIDE, 1.0, x);
+                }
+                tiles_of_products(of, count, from, x_row, g, g_row, whole);
                 for (int64_t a = 0; a < of->places; a++)
                     for (int64_t o = 0; o < high; o += HIGH) {
-                        float number[HIGH * WIDE];
+                        float number[HIGH * WIDE]; /* zeros beyond the last output and input */
                         memcpy(number, whole[a * count + o / HIGH], sizeof number);
+                        for (int64_t i = 0; i < HIGH * WIDE; i += 8) add_squares(number + i, &square);
                         float *to = out + b * out_record + a * of->out_place +
                                     (slice + o) * of->out_row + d * of->out_column;
                         for (int64_t i = 0; i < HIGH && o + i < high; i++, to += of->out_row)
-                            for (int64_t j = 0; j < wide; j++)
-                                to[j * of->out_column] = number[i * WIDE + j];
+                            if (of->out_column == 1)
+                                memcpy(to, number + i * WIDE, wide * sizeof(float));
+                            else
+                                for (int64_t j = 0; j < wide; j++)
+                                    to[j * of->out_column] = number[i * WIDE + j];
                     }
             }
         }
+        squares[b] = 0.0;
+        for (int i = 0; i < 8; i++) squares[b] += square[i];
+    }
     free(x), free(g), free(whole);
     _mm_setcsr(before);
     return failed;
@@ -466,18 +518,49 @@ static void own_products(const numbers *from, int64_t record, int64_t count, int
     inner_products(rows, width, all, width / LANES, products);
 }
 
-/* Inner products of patches, from those of pixels: below the diagonal and on it. */
-static void through_window(float *pixels, int64_t row, int64_t places, const int64_t *starts,
-                           const int32_t *input_token, const int32_t *grad_token, int64_t all,
-                           float *products) {
-    for (int64_t s = 0; s < row; s++)
-        for (int64_t t = 0; t < s; t++) pixels[t * row + s] = pixels[s * row + t];
+/* length[p] = how many pairs from p on follow each other on both sides, within a place. */
+static void find_runs(int64_t places, const int64_t *starts, const int32_t *input_token,
+                      const int32_t *grad_token, int32_t *length) {
+    for (int64_t a = 0; a < places; a++)
+        for (int64_t p = starts[a + 1] - 1; p >= starts[a]; p--) {
+            int joined = p + 1 < starts[a + 1] && input_token[p + 1] == input_token[p] + 1 &&
+                         grad_token[p + 1] == grad_token[p] + 1;
+            length[p] = joined ? length[p + 1] + 1 : 1;
+        }
+}
+
+static inline void add_run(float *to, const float *from, int64_t count) {
+    if (count == 1) {
+        *to += *from;
+        return;
+    }
+    for (; count >= LANES; count -= LANES, to += LANES, from += LANES)
+        *(loose_v *)to += *(const loose_v *)from;
+#ifdef __AVX512F__
+    __mmask16 kept = (__mmask16)((1u << count) - 1);
+    __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(kept, to), _mm512_maskz_loadu_ps(kept, from));
+    _mm512_mask_storeu_ps(to, kept, sum);
+#else
+    static const int32_t first[2 * LANES] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    __m256i kept = _mm256_loadu_si256((const __m256i *)(first + LANES - count));
+    __m256 sum = _mm256_add_ps(_mm256_maskload_ps(to, kept), _mm256_maskload_ps(from, kept));
+    _mm256_maskstore_ps(to, kept, sum);
+#endif
+}
+
+/* Inner products of patches, from those of pixels: below the diagonal and on it, where pixels ascend
+ * with the patches that see them. A run may go on beyond the diagonal: nobody reads that. `length` is
+ * that of find_runs. */
+static void through_window(const float *pixels, int64_t row, int64_t places, const int64_t *starts,
+                           const int32_t *input_token, const int32_t *grad_token,
+                           const int32_t *length, int64_t all, float *products) {
     memset(products, 0, all * all * sizeof(float));
     for (int64_t a = 0; a < places; a++)
         for (int64_t p = starts[a]; p < starts[a + 1]; p++) {
             const float *from = pixels + input_token[p] * row;
             float *to = products + grad_token[p] * all;
-            for (int64_t q = starts[a]; q <= p; q++) to[grad_token[q]] += from[input_token[q]];
+            for (int64_t q = starts[a]; q <= p; q += length[q])
+                add_run(to + grad_token[q], from + input_token[q], length[q]);
         }
     for (int64_t s = 0; s < all; s++) /* tiles on the diagonal are whole */
         for (int64_t t = s / SIDE * SIDE; t < s; t++) products[t * all + s] = products[s * all + t];
@@ -520,14 +603,17 @@ int dpldm_norms(int64_t start, int64_t stop, int64_t tokens, const numbers *grad
     float *g = zeros(all * width), *x = zeros(all_inputs * input_width);
     float *gg = zeros(all * all), *xx = zeros(all * all);
     float *pixels = places ? zeros(all_inputs * all_inputs) : 0;
-    int failed = !g || !x || !gg || !xx || (places && !pixels);
+    int32_t *length = places ? buffer(starts[places], sizeof(int32_t)) : 0;
+    int failed = !g || !x || !gg || !xx || (places && (!pixels || !length));
+    if (length) find_runs(places, starts, input_token, grad_token, length);
     for (int64_t b = start; b < stop && !failed; b++) {
         own_products(grad, b, outputs, tokens, all, width, g, gg);
         if (!given)
             own_products(input, b, inputs, input_tokens, all_inputs, input_width, x,
                          places ? pixels : xx);
         if (places)
-            through_window(pixels, all_inputs, places, starts, input_token, grad_token, all, xx);
+            through_window(pixels, all_inputs, places, starts, input_token, grad_token, length, all,
+                           xx);
         for (int64_t t = 0; given && t < tokens; t++)
             memcpy(xx + t * all, given + (b * tokens + t) * tokens, tokens * sizeof(float));
         squares[b] = sum_of_products(gg, xx, all, bias);
@@ -540,7 +626,7 @@ int dpldm_norms(int64_t start, int64_t stop, int64_t tokens, const numbers *grad
         squares[2 * records + b] = bound * bound;
         squares[3 * records + b] = own * own * bound * bound;
     }
-    free(g), free(x), free(gg), free(xx), free(pixels);
+    free(g), free(x), free(gg), free(xx), free(pixels), free(length);
     _mm_setcsr(before);
     return failed;
 }

@@ -41,7 +41,7 @@ from dpldm_dist.runtime.worker import Worker, arithmetic
 from dpldm_dist.stages.mechanism import reservation_of
 from dpldm_dist.stages.places import is_finished, place_of
 
-_ARITHMETIC = 2
+_ARITHMETIC = 3
 """To be raised with every change that moves bits of a sum."""
 
 
