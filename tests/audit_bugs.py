@@ -92,7 +92,7 @@ def every_worker_adds_noise() -> list[Any]:
 
         return noisier
 
-    return [method(NoisySum, "release", change)]
+    return [method(NoisySum, "release_", change)]
 
 
 def uniform_noise() -> list[Any]:
@@ -238,12 +238,12 @@ def mean_over_workers() -> list[Any]:
 
 def only_one_worker_counts() -> list[Any]:
     def change(release: Any) -> Any:
-        def deaf(self: NoisySum, sum_P: torch.Tensor, **rest: Any) -> torch.Tensor:
-            return release(self, sum_P * (self._collective.rank == 0), **rest)
+        def deaf(self: NoisySum, total_P: torch.Tensor, **rest: Any) -> torch.Tensor:
+            return release(self, total_P * (self._collective.rank == 0), **rest)
 
         return deaf
 
-    return [method(NoisySum, "release", change)]
+    return [method(NoisySum, "release_", change)]
 
 
 def records_read_by_all_workers() -> list[Any]:

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+_CONVERTED_NUMBERS = 2**20  # that are copied at a time
 BLOCK = 1 << 12
 """Coordinates of a block. Below the size at which torch would share a tensor among threads, so that
 the bits of an update do not depend on their number."""
@@ -46,6 +47,16 @@ def pieces_of(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         pieces += [nn.Parameter(flat[a:b]) for a, b in pairwise(cuts)]
         start = stop
     return pieces
+
+
+def converted_(numbers_P: torch.Tensor, dtype: torch.dtype, *, scale: float = 1.0) -> torch.Tensor:
+    """``scale`` times the numbers, of another type of the same size, in their own memory."""
+    found_P = numbers_P.view(dtype)
+    for start in range(0, len(numbers_P), _CONVERTED_NUMBERS):
+        chunk = slice(start, start + _CONVERTED_NUMBERS)
+        part = numbers_P[chunk].to(dtype)
+        found_P[chunk] = part if scale == 1.0 else part.mul_(scale)
+    return found_P
 
 
 def flat_length(parameters: Iterable[torch.Tensor]) -> int:

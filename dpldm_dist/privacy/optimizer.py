@@ -22,11 +22,18 @@ import torch
 from torch import Tensor
 
 from dpldm_dist.errors import PrivacyError
-from dpldm_dist.privacy.blocks import BLOCK, block_slices, blocks_of, flat_length
+from dpldm_dist.privacy.blocks import (
+    BLOCK,
+    block_slices,
+    blocks_of,
+    converted_,
+    flat_length,
+)
 from dpldm_dist.privacy.collective import Collective
-from dpldm_dist.privacy.randomness import derive_key, integer_noise
+from dpldm_dist.privacy.randomness import NOISE_BLOCK, derive_key, integer_noise
 
 _LEAST_STD = 2.0**20  # in grid units: below it, rounding the noise would no longer be negligible
+_NOISE_AT_A_TIME = 64 * NOISE_BLOCK  # coordinates: 32 MiB beside the sum
 
 Bind = Callable[[str, int, str], object]
 """Given purpose, step and digest: makes them durable, or raises, before the noise is drawn."""
@@ -70,30 +77,29 @@ class NoisySum:
         self._std = 0.0 if unsafe_no_noise else std
         self._collective = collective
 
-    def release(self, sum_P: Tensor, *, purpose: str, step: int) -> Tensor:
-        """Noisy sum over all workers. int64 (P,); ``sum_P`` is this worker's part, int64 (P,).
+    def release_(self, total_P: Tensor, *, purpose: str, step: int) -> Tensor:
+        """In place: this worker's part of a sum, int64 (P,), becomes the noisy sum over all.
 
         Raises: PrivacyError, and whatever ``bind`` raises; then nothing was released.
         """
-        noisy_P, bounds = self.release_slice(sum_P, purpose=purpose, step=step)
-        self._collective.gather_slices_(noisy_P, bounds)
-        return noisy_P
+        bounds = self.release_slice_(total_P, purpose=purpose, step=step)
+        self._collective.gather_slices_(total_P, bounds)
+        return total_P
 
-    def release_slice(self, sum_P: Tensor, *, purpose: str, step: int) -> tuple[Tensor, list[int]]:
-        """The same noisy sum in this worker's slice, int64 (P,), and the bounds of all slices.
+    def release_slice_(self, total_P: Tensor, *, purpose: str, step: int) -> list[int]:
+        """The same in this worker's slice; the rest becomes zero. The bounds of all slices.
 
-        The rest of the vector is zero. Raises: as ``release``.
+        Raises: as ``release_``.
         """
-        if sum_P.dtype != torch.int64:
-            raise PrivacyError(f"A sum of {sum_P.dtype}: expected exact integers (int64).")
-        total_P = sum_P.clone()
+        if total_P.dtype != torch.int64:
+            raise PrivacyError(f"A sum of {total_P.dtype}: expected exact integers (int64).")
         bounds = block_slices(len(total_P), self._collective.world_size)
         self._collective.sum_slices_(total_P, bounds)
         digest = self._digest(total_P, purpose=purpose, step=step)
         self._bind(purpose, step, digest.hex())
         filled = self._add_noise(total_P, bounds, derive_key(self._key, "noise " + digest.hex()))
         self._require_one_owner(filled, total_P)
-        return total_P, bounds
+        return bounds
 
     def _digest(self, total_P: Tensor, *, purpose: str, step: int) -> bytes:
         """Keyed digest of everything that the noise depends on. Tells nothing without the key.
@@ -128,7 +134,10 @@ class NoisySum:
     def _add_noise(self, total_P: Tensor, bounds: Sequence[int], key: bytes) -> tuple[int, int]:
         """Add this worker's noise in place; the slice that was filled."""
         start, stop = bounds[self._collective.rank], bounds[self._collective.rank + 1]
-        total_P[start:stop] += integer_noise(key, start, stop, std=self._std).to(total_P.device)
+        for at in range(start // _NOISE_AT_A_TIME * _NOISE_AT_A_TIME, stop, _NOISE_AT_A_TIME):
+            first, last = max(start, at), min(stop, at + _NOISE_AT_A_TIME)
+            noise = integer_noise(key, first, last, std=self._std)
+            total_P[first:last] += noise.to(total_P.device)
         return start, stop
 
     def _require_one_owner(self, filled: tuple[int, int], total_P: Tensor) -> None:
@@ -219,7 +228,8 @@ class DistributedDPOptimizer:
         self._scale = grid / clip_norm / divisor
 
     def step(self, sum_P: Tensor, step: int) -> NoisyStep:
-        """Release the sum of ``step``, int64 (P + extra,), and update."""
+        """Release the sum of ``step``, int64 (P + extra,), and update. ``sum_P`` is used up: what
+        is returned lies in its memory."""
         self._require_length(len(sum_P))
         if self._sharded:
             noisy, bounds = self._release_slice(sum_P, step)
@@ -234,20 +244,22 @@ class DistributedDPOptimizer:
         return noisy
 
     def _release(self, sum_P: Tensor, step: int) -> NoisyStep:
-        noisy_P = self._noisy_sum.release(sum_P, purpose="step", step=step)
-        gradient_P, extra = noisy_P.tensor_split([len(noisy_P) - self._extra])
-        return NoisyStep(gradient_P.double() * self._scale, extra)
+        return NoisyStep(*self._mean(self._noisy_sum.release_(sum_P, purpose="step", step=step)))
 
     def _release_slice(self, sum_P: Tensor, step: int) -> tuple[NoisyStep, list[int]]:
         """The release of this worker's slice, and the bounds of all slices of the gradient."""
-        noisy_P, bounds = self._noisy_sum.release_slice(sum_P, purpose="step", step=step)
-        gradient_P, extra = noisy_P.tensor_split([len(noisy_P) - self._extra])
-        mean_P = gradient_P.double() * self._scale
-        extra, squared = extra.clone(), mean_P.square().sum()
+        bounds = self._noisy_sum.release_slice_(sum_P, purpose="step", step=step)
+        mean_P, extra = self._mean(sum_P)
+        squared = torch.linalg.vector_norm(mean_P).square()
         self._collective.sum_(extra)  # its owner has it, the others have zeros
         self._collective.sum_(squared)
-        bounds = [min(bound, len(gradient_P)) for bound in bounds]
+        bounds = [min(bound, len(mean_P)) for bound in bounds]
         return NoisyStep(mean_P, extra, float(squared.sqrt())), bounds
+
+    def _mean(self, noisy_P: Tensor) -> tuple[Tensor, Tensor]:
+        """Noisy sums as mean gradient, float64, in the same memory; and the extra coordinates."""
+        gradient_P, extra = noisy_P.tensor_split([len(noisy_P) - self._extra])
+        return converted_(gradient_P, torch.float64, scale=self._scale), extra.clone()
 
     @torch.no_grad()
     def _gather_parameters(self, bounds: Sequence[int]) -> None:

@@ -101,7 +101,8 @@ def integer_noise(key: bytes, start: int, stop: int, *, std: float) -> Tensor:
     Formal guarantees: coordinates are independent; no two coordinates, and no two keys, share a
     byte of keystream.
     """
-    noise = np.empty(stop - start, dtype=np.int64)
+    noise_N = torch.empty(stop - start, dtype=torch.int64)
+    noise = noise_N.numpy()
 
     def draw(block: int) -> None:
         offset = block * NOISE_BLOCK
@@ -117,7 +118,7 @@ def integer_noise(key: bytes, start: int, stop: int, *, std: float) -> Tensor:
     else:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(draw, blocks))
-    return torch.from_numpy(noise)
+    return noise_N
 
 
 def record_words(key: bytes, ids: np.ndarray, count: int) -> np.ndarray:

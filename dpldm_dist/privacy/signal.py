@@ -36,6 +36,7 @@ from torch import Tensor
 from dpldm_dist.errors import PrivacyError
 
 MOST_OF_NOISE = 5.0  # standard errors of alignment that noise alone does not reach
+_PART = 2**20  # numbers that are copied at a time
 _MEMORY = 0.8  # d: how much a step counts among the steps before, from one step to the next
 
 
@@ -183,6 +184,14 @@ class RandomWalk:
 
     def _products(self, *pairs: tuple[Tensor, Tensor]) -> list[float]:
         """Inner products over the whole vector, in float64."""
-        found = torch.stack([one.double() @ other.double() for one, other in pairs])
+        found = torch.stack([_inner_product(one, other) for one, other in pairs])
         self._sum_(found)
         return found.tolist()
+
+
+def _inner_product(one_Q: Tensor, other_Q: Tensor) -> Tensor:
+    """In float64, of a part at a time."""
+    parts = zip(one_Q.split(_PART), other_Q.split(_PART), strict=True)
+    return sum(
+        (a.double() @ b.double() for a, b in parts), one_Q.new_zeros((), dtype=torch.float64)
+    )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_COPIED_NUMBERS = 2**22  # that lie in the buffers of an exchange at a time
 
 
 class SoloCollective:
@@ -62,23 +64,37 @@ class GroupCollective:
     def sum_slices_(self, tensor: Tensor, bounds: Sequence[int]) -> None:
         """Every worker sends each other its part and adds what it gets: as few bytes as a ring's
         reduce-scatter. (gloo's own reduce_scatter sends as many as an all-reduce, twice that.)"""
-        sizes = [stop - start for start, stop in pairwise(bounds)]
-        mine = sizes[self.rank]
-        parts = tensor.new_empty(mine * self.world_size)
-        dist.all_to_all_single(parts, tensor, [mine] * self.world_size, sizes)
-        tensor.zero_()
-        for part in parts.split(mine) if mine else ():
-            tensor[bounds[self.rank] : bounds[self.rank + 1]] += part
+        for pieces in self._pieces(bounds):
+            sizes = [piece.stop - piece.start for piece in pieces]
+            mine = sizes[self.rank]
+            sent = torch.cat([tensor[piece] for piece in pieces])
+            parts = tensor.new_empty(mine * self.world_size)
+            dist.all_to_all_single(parts, sent, [mine] * self.world_size, sizes)
+            for rank, piece in enumerate(pieces):
+                if rank != self.rank:
+                    tensor[piece] = 0
+            if mine:
+                torch.sum(parts.view(self.world_size, mine), 0, out=tensor[pieces[self.rank]])
 
     def gather_slices_(self, tensor: Tensor, bounds: Sequence[int]) -> None:
-        widest = max(stop - start for start, stop in pairwise(bounds))
-        mine = tensor.new_zeros(widest)  # equal lengths, as every backend can gather them
-        start, stop = bounds[self.rank], bounds[self.rank + 1]
-        mine[: stop - start] = tensor[start:stop]
-        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(everyone, mine)
-        for rank, part in enumerate(everyone):
-            tensor[bounds[rank] : bounds[rank + 1]] = part[: bounds[rank + 1] - bounds[rank]]
+        for pieces in self._pieces(bounds):
+            sizes = [piece.stop - piece.start for piece in pieces]
+            mine = tensor.new_zeros(max(sizes))  # equal lengths: every backend can gather them
+            mine[: sizes[self.rank]] = tensor[pieces[self.rank]]
+            everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+            dist.all_gather(everyone, mine)
+            for piece, size, part in zip(pieces, sizes, everyone, strict=True):
+                tensor[piece] = part[:size]
+
+    def _pieces(self, bounds: Sequence[int]) -> Iterator[list[slice]]:
+        """The slices, a piece of each at a time, so that copies stay small; the last ones may be
+        empty."""
+        step = max(1, _COPIED_NUMBERS // self.world_size)
+        for offset in range(0, max(stop - start for start, stop in pairwise(bounds)), step):
+            yield [
+                slice(min(start + offset, stop), min(start + offset + step, stop))
+                for start, stop in pairwise(bounds)
+            ]
 
     def broadcast_json(self, value: Any) -> Any:
         return json.loads(self.broadcast_bytes(json.dumps(value).encode()))

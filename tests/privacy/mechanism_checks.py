@@ -49,11 +49,18 @@ def mechanism(
     )
 
 
+def released(
+    of: NoisySum, part: torch.Tensor, *, purpose: str = "step", step: int = 0
+) -> torch.Tensor:
+    """The noisy sum; ``part`` of this worker is left as it is."""
+    return of.release_(part.clone(), purpose=purpose, step=step)
+
+
 def noisy_zero(
     collective: Collective, *, step: int = 0, length: int = P, **changes: Any
 ) -> torch.Tensor:
     nothing = torch.zeros(length, dtype=torch.int64)
-    return mechanism(collective, **changes).release(nothing, purpose="step", step=step)
+    return released(mechanism(collective, **changes), nothing, step=step)
 
 
 def same_on_all_workers(collective: Collective, value: torch.Tensor) -> bool:
@@ -73,12 +80,12 @@ def the_sum_is_exact_and_the_same_on_all_workers(collective: Collective) -> None
     mine = torch.arange(1000, dtype=torch.int64) * (collective.rank + 1) - 10**12
     total = torch.arange(1000, dtype=torch.int64) * sum(range(1, collective.world_size + 1))
     total -= collective.world_size * 10**12
-    exact = mechanism(collective, unsafe_no_noise=True).release(mine, purpose="step", step=3)
+    exact = released(mechanism(collective, unsafe_no_noise=True), mine, step=3)
     assert torch.equal(exact, total)
-    released = mechanism(collective).release(mine, purpose="step", step=3)
-    spread = float((released - total).double().std()) / STD
+    noisy = released(mechanism(collective), mine, step=3)
+    spread = float((noisy - total).double().std()) / STD
     assert abs(spread - 1) < 6 / math.sqrt(2 * 1000)
-    assert same_on_all_workers(collective, released)
+    assert same_on_all_workers(collective, noisy)
 
 
 def no_noise_is_used_twice(collective: Collective) -> None:
@@ -88,7 +95,7 @@ def no_noise_is_used_twice(collective: Collective) -> None:
     drawn.append(noisy_zero(collective, name="another clip norm", length=5000))
     drawn.append(noisy_zero(collective, std=2 * STD, length=5000) // 2)
     nothing = torch.zeros(5000, dtype=torch.int64)
-    drawn.append(mechanism(collective).release(nothing, purpose="statistics", step=0))
+    drawn.append(released(mechanism(collective), nothing, purpose="statistics"))
     for index, one in enumerate(drawn):
         for other in drawn[:index]:
             both = (one.double() * other.double()).mean() / STD**2
@@ -104,10 +111,10 @@ def the_same_sum_is_the_same_release_and_another_sum_has_other_noise(
     one = torch.zeros(5000, dtype=torch.int64)
     other = one.clone()
     other[17] += 1 if collective.rank == 0 else 0  # the least that a sum can differ by
-    first = mechanism(collective).release(one, purpose="step", step=0)
-    again = mechanism(collective).release(one, purpose="step", step=0)
+    first = released(mechanism(collective), one)
+    again = released(mechanism(collective), one)
     assert torch.equal(first, again)
-    changed = mechanism(collective).release(other, purpose="step", step=0)
+    changed = released(mechanism(collective), other)
     spread = float((changed - first).double().std()) / STD
     assert abs(spread / math.sqrt(2) - 1) < 6 / math.sqrt(2 * 5000)
 
@@ -139,9 +146,11 @@ def the_digest_is_bound_before_any_noise_is_drawn(collective: Collective) -> Non
 def the_digest_names_the_sum_and_needs_the_key(collective: Collective) -> None:
     def digest_of(total: torch.Tensor, **changes: Any) -> str:
         seen: list[str] = []
-        mechanism(
-            collective, bind=lambda purpose, step, digest: seen.append(digest), **changes
-        ).release(total, purpose="step", step=0)
+
+        def note(purpose: str, step: int, digest: str) -> None:
+            seen.append(digest)
+
+        released(mechanism(collective, bind=note, **changes), total)
         return seen[0]
 
     one = torch.zeros(100, dtype=torch.int64)
@@ -167,9 +176,9 @@ def an_update_is_the_noisy_sum_over_clip_norm_and_the_public_divisor(
         divisor=divisor,
     )
     mine = torch.full((1000,), int(3 * CLIP_NORM / GRID), dtype=torch.int64)
-    released = mechanism(collective).release(mine, purpose="step", step=0)
-    noise = (released - mine * collective.world_size).double() * GRID
-    optimizer.step(mine, step=0)
+    noisy = released(mechanism(collective), mine)
+    noise = (noisy - mine * collective.world_size).double() * GRID
+    optimizer.step(mine.clone(), step=0)
     wanted = -(3 * CLIP_NORM * collective.world_size + noise) / CLIP_NORM / divisor
     assert torch.allclose(parameter.detach().double(), wanted, rtol=1e-6, atol=1e-9)
 
@@ -238,7 +247,7 @@ def _every_worker_adds_noise() -> Any:
         self._collective.sum_(total)
         return total
 
-    return mock.patch.object(NoisySum, "release", release)
+    return mock.patch.object(NoisySum, "release_", release)
 
 
 def _every_worker_claims_the_whole_vector() -> Any:
@@ -343,7 +352,7 @@ def _digest_without_the_key() -> Any:
 
 
 def _bound_after_the_noise() -> Any:
-    release = NoisySum.release
+    release = NoisySum.release_
 
     def late(self: NoisySum, sum_P: torch.Tensor, *, purpose: str, step: int) -> torch.Tensor:
         bind, bound = self._bind, []
@@ -353,7 +362,7 @@ def _bound_after_the_noise() -> Any:
         bind(*bound[0])
         return noisy
 
-    return mock.patch.object(NoisySum, "release", late)
+    return mock.patch.object(NoisySum, "release_", late)
 
 
 def _divided_by_the_number_of_workers() -> Any:

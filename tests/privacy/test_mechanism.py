@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
 from dpldm_dist.errors import PrivacyError
+from dpldm_dist.privacy import optimizer as optimizer_module
 from dpldm_dist.privacy.blocks import BLOCK, block_slices, pieces_of
+from dpldm_dist.privacy.optimizer import DistributedDPOptimizer
+from dpldm_dist.privacy.randomness import NOISE_BLOCK
+from dpldm_dist.runtime import collective as collective_module
 from dpldm_dist.runtime.collective import SoloCollective
-from tests.privacy.mechanism_checks import CHECKS, PLANTED_BUGS, mechanism, outcomes
+from tests.privacy.mechanism_checks import (
+    CHECKS,
+    CLIP_NORM,
+    GRID,
+    PLANTED_BUGS,
+    mechanism,
+    outcomes,
+    released,
+)
 from tests.processes import on_workers
 
 
@@ -36,7 +50,41 @@ def test_the_release_is_bit_identical_for_1_2_and_3_workers():
 def released_total(collective):
     parts = torch.arange(6)[:, None] * torch.ones(70_000, dtype=torch.int64)
     mine = parts[collective.rank :: collective.world_size].sum(0)
-    return mechanism(collective).release(mine, purpose="step", step=0)
+    return released(mechanism(collective), mine)
+
+
+def test_a_release_has_the_same_bits_however_little_is_drawn_or_sent_at_a_time():
+    first = on_workers(3, released_total)[0]
+    assert torch.equal(first, on_workers(3, released_in_small_parts)[0])
+    assert torch.equal(first, on_workers(1, released_in_small_parts)[0])
+
+
+def released_in_small_parts(collective):
+    with (
+        mock.patch.object(optimizer_module, "_NOISE_AT_A_TIME", NOISE_BLOCK),
+        mock.patch.object(collective_module, "_COPIED_NUMBERS", 10_000),
+    ):
+        return released_total(collective)
+
+
+def test_a_release_lies_in_the_memory_of_its_sum():
+    """So a step holds one vector of integers, which then becomes its mean gradient."""
+    parameter = torch.nn.Parameter(torch.zeros(5000))
+    optimizer = DistributedDPOptimizer(
+        torch.optim.SGD([parameter], lr=1.0),
+        [parameter],
+        mechanism(SoloCollective()),
+        grid=GRID,
+        clip_norm=CLIP_NORM,
+        divisor=3.0,
+        extra=2,
+    )
+    sum_P = torch.arange(5002, dtype=torch.int64) << 30
+    wanted = released(mechanism(SoloCollective()), sum_P)
+    noisy = optimizer.step(sum_P, step=0)
+    assert noisy.mean_P.data_ptr() == sum_P.data_ptr()
+    assert torch.equal(noisy.extra, wanted[-2:])
+    assert torch.equal(noisy.mean_P, wanted[:-2].double() * (GRID / CLIP_NORM / 3.0))
 
 
 @pytest.mark.parametrize("std", [0.0, 1.0, -5.0, float("nan"), float("inf")])
@@ -47,7 +95,7 @@ def test_noise_too_small_for_the_grid_is_refused(std):
 
 def test_a_sum_that_is_not_integer_is_refused():
     with pytest.raises(PrivacyError, match="int64"):
-        mechanism(SoloCollective()).release(torch.zeros(3), purpose="step", step=0)
+        mechanism(SoloCollective()).release_(torch.zeros(3), purpose="step", step=0)
 
 
 def test_slices_of_whole_blocks_tile_every_length():

@@ -308,7 +308,7 @@ def _weights_change_behind_the_optimizer() -> Any:
 
 
 def _one_worker_has_other_weights() -> Any:
-    original = NoisySum.release
+    original = NoisySum.release_
 
     def release(self: Any, sum_P: torch.Tensor, **named: Any) -> torch.Tensor:
         released = original(self, sum_P, **named)
@@ -316,11 +316,11 @@ def _one_worker_has_other_weights() -> Any:
             released[17] += 1 << 28
         return released
 
-    return mock.patch.object(NoisySum, "release", release)
+    return mock.patch.object(NoisySum, "release_", release)
 
 
 def _every_worker_adds_noise() -> Any:
-    original = NoisySum.release
+    original = NoisySum.release_
 
     def release(self: Any, sum_P: torch.Tensor, **named: Any) -> torch.Tensor:
         released = original(self, sum_P, **named)
@@ -329,7 +329,7 @@ def _every_worker_adds_noise() -> Any:
         self._collective.sum_(more)
         return released + more
 
-    return mock.patch.object(NoisySum, "release", release)
+    return mock.patch.object(NoisySum, "release_", release)
 
 
 def _no_update() -> Any:

@@ -206,7 +206,7 @@ def _come_to(
 
 
 def _note_releases(rank: int) -> None:
-    release = NoisySum.release
+    release = NoisySum.release_
 
     def noted(self: NoisySum, total_P: torch.Tensor, *, purpose: str, step: int) -> torch.Tensor:
         noisy_P = release(self, total_P, purpose=purpose, step=step)
@@ -216,7 +216,7 @@ def _note_releases(rank: int) -> None:
             _come_to("after the release", rank)
         return noisy_P
 
-    NoisySum.release = noted
+    NoisySum.release_ = noted
 
 
 def _note_health(every: int) -> None:

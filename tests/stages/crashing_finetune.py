@@ -39,7 +39,7 @@ def finetune(config: Config, worker: Worker) -> Any:
         if mine and (here, at) == (place, int(step)):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    release, microbatches = NoisySum.release, PrivateData.microbatches
+    release, microbatches = NoisySum.release_, PrivateData.microbatches
     add_noise, digest = NoisySum._add_noise, NoisySum._digest
 
     def traced_release(self: NoisySum, total: Any, *, purpose: str, step: int) -> Any:
@@ -80,14 +80,14 @@ def finetune(config: Config, worker: Worker) -> Any:
         crash("while saving", step)
         return write(self, step, contents)
 
-    NoisySum.release = traced_release
+    NoisySum.release_ = traced_release
     NoisySum._add_noise, NoisySum._digest = traced_noise, traced_digest
     PrivateData.microbatches = traced_microbatches
     checkpoint.Checkpoints._write = traced_write
     try:
         return stage.finetune(config, worker)
     finally:
-        NoisySum.release, PrivateData.microbatches = release, microbatches
+        NoisySum.release_, PrivateData.microbatches = release, microbatches
         NoisySum._add_noise, NoisySum._digest = add_noise, digest
         checkpoint.Checkpoints._write = write
 

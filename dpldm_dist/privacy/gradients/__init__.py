@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dpldm_dist.errors import PrivacyError
 from dpldm_dist.privacy import native
+from dpldm_dist.privacy.blocks import converted_
 from dpldm_dist.privacy.gradients.layers import find_layers, places_of
 from dpldm_dist.privacy.gradients.norms import LEAST_RATIO, clip_factors, record_norms
 from dpldm_dist.privacy.gradients.operands import (
@@ -36,7 +37,6 @@ from dpldm_dist.privacy.plan import TELEMETRY_NUMBERS
 from dpldm_dist.privacy.telemetry import TelemetryQuery
 
 _MOST_UNITS = 2.0**40  # clip_norm in grid units: float64 rounds sums of a microbatch exactly
-_CONVERTED_NUMBERS = 2**20  # of a sum that become integers at a time
 
 
 def accumulation_error(*, records: int, clip_norm: float) -> float:
@@ -278,11 +278,7 @@ class PerRecordGradients:
 
     def _settle(self) -> None:
         """Move the float64 part, whole numbers all, into the int64 sum, which takes its memory."""
-        part_P = self._part()
-        whole_P = part_P.view(torch.int64)
-        for place in range(0, len(part_P), _CONVERTED_NUMBERS):
-            chunk = slice(place, place + _CONVERTED_NUMBERS)
-            whole_P[chunk] = part_P[chunk].to(torch.int64)
+        whole_P = converted_(self._part(), torch.int64)
         self._sum_P = whole_P if self._sum_P is None else self._sum_P.add_(whole_P)
         self._part_P = None
         self._part_records = 0

@@ -135,6 +135,7 @@ def finetune(config: Config, worker: Worker) -> Manifest:
                     raise stop.leave(f"{state.step} of {plan.steps} noisy steps")
                 if state.step % config.run.checkpoint_every == 0 or state.step == last:
                     state.save(checkpoints)
+                del noisy  # the next sum takes its memory
         if state.step < plan.steps:
             progress.say(f"Budget reached after {state.step} of {plan.steps} steps.")
         hint = state.curves.hint()

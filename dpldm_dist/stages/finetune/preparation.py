@@ -324,7 +324,7 @@ def _release_statistics(
         bind=ledger.bind,
         unsafe_no_noise=config.run.unsafe_no_noise,
     )
-    noisy_L = noisy_sum.release(total_L.to(worker.device), purpose="statistics", step=0).cpu()
+    noisy_L = noisy_sum.release_(total_L.to(worker.device), purpose="statistics", step=0).cpu()
     means_ND, covariance_DD = wanted.estimate(
         noisy_L, noise_multiplier=plan.statistics_noise, records=plan.records
     )

@@ -11,7 +11,7 @@ from torch import nn
 from dpldm_dist.config import Config
 from dpldm_dist.data.latents import LatentShards
 from dpldm_dist.models.denoiser import Denoiser
-from dpldm_dist.privacy.optimizer import DistributedDPOptimizer, NoisySum
+from dpldm_dist.privacy.optimizer import DistributedDPOptimizer, NoisyStep, NoisySum
 from dpldm_dist.privacy.plan import PrivacyPlan
 from dpldm_dist.privacy.randomness import new_key
 from dpldm_dist.privacy.selfcheck import (
@@ -87,11 +87,14 @@ def _measure_noise(
         sharded=update.bounds is not None,
     )
     count = sum(p.numel() for p in copies.values())
-    nothing_P = torch.zeros(count, dtype=torch.int64, device=worker.device)
+
+    def take_step() -> NoisyStep:
+        return optimizer.step(torch.zeros(count, dtype=torch.int64, device=worker.device), 0)
+
     expected = 0.0 if config.run.unsafe_no_noise else plan.noise_multiplier / plan.divisor
     if watched:
         measure_noise(
-            lambda: optimizer.step(nothing_P, 0),
+            take_step,
             update.optimizer,
             update.parameters,
             expected_std=expected,
@@ -100,7 +103,7 @@ def _measure_noise(
         )
         return
     measure_noise_by_descent(
-        lambda: optimizer.step(nothing_P, 0).mean_P,
+        lambda: take_step().mean_P,
         update.parameters,
         expected_std=expected,
         collective=worker.collective,
