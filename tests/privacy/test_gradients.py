@@ -24,6 +24,7 @@ from dpldm_dist.privacy import gradients, native
 from dpldm_dist.privacy.gradients import PerRecordGradients, accumulation_error, norms, patches
 from dpldm_dist.privacy.gradients.norms import RecordNorms
 from dpldm_dist.privacy.gradients.operands import Products
+from dpldm_dist.privacy.gradients.sums import MicrobatchSums, RecordSums, Scratch, weighted_sum
 
 FINE = 2.0**-30  # grid that rounds far below float32
 HUGE = 1024.0  # clip norm that clips nothing here
@@ -437,6 +438,31 @@ def test_microbatches_add_up_and_taking_the_sum_starts_again():
     # Each microbatch is rounded to the nearest unit: half a unit each, three parts and the whole.
     assert (parts_P - whole.take_sum()).abs().max() <= 2
     assert torch.equal(found.take_sum(), torch.zeros_like(parts_P))
+
+
+@pytest.mark.parametrize("most", [1, 3, 5, 12])
+def test_a_sum_is_exact_however_few_records_a_part_of_it_holds(way, most, monkeypatch):
+    """Microbatches of 6, 4 and 2 records."""
+    model = KINDS["linear"]()
+    x = model.rows(12)
+
+    def found_P() -> Tensor:
+        found = engine(model, clip_norm=0.5)
+        for part in x.split([6, 4, 2]):
+            found.add(lambda part=part: _losses(model(part)), everyone(len(part)))
+        return found.take_sum()
+
+    wanted_P = found_P()
+    monkeypatch.setattr(RecordSums, "most_records", most)
+    assert torch.equal(found_P(), wanted_P)
+
+
+def test_a_microbatch_that_float64_cannot_add_up_is_refused(monkeypatch):
+    go("PyTorch", monkeypatch)
+    model = KINDS["linear"]()
+    found = engine(model, clip_norm=1.0, grid=2.0**-40)
+    with pytest.raises(PrivacyError, match="microbatch of 2049 records: expected at most 2048"):
+        found.add(lambda: _losses(model(model.rows(2049))), everyone(2049))
 
 
 def test_without_records_the_sum_is_zero():
@@ -977,13 +1003,16 @@ def test_an_input_that_was_overwritten_is_noticed():
 
 def plant_in_sum(patch, change: Callable[..., list]) -> None:
     """``change(terms, factor_B)`` gives what is really summed, one (terms, factors) after another."""
-    original = PerRecordGradients._sum
 
-    def bug(self, terms, factor_B, out_P, **units):
-        for part, factors_B in change(terms, factor_B):
-            original(self, part, factors_B, out_P, **units)
+    def changed(add):
+        def bug(self, terms, factor_B):
+            for part, factors_B in change(terms, factor_B):
+                add(self, part, factors_B)
 
-    patch.setattr(PerRecordGradients, "_sum", bug)
+        return bug
+
+    for kind in (RecordSums, MicrobatchSums):
+        patch.setattr(kind, "add", changed(kind.add))
 
 
 def plant_clipping_by_layer(patch) -> None:
@@ -1091,16 +1120,13 @@ def plant_no_error_bound(patch) -> None:
 def plant_rounding_of_sums(patch) -> None:
     """Records are added in float32 and rounded together: what one adds depends on the others."""
 
-    def together(terms, factor_B, out_P, *, grid, unit):
-        scratch = gradients.Scratch(factor_B.device)
-        gradients.weighted_sum(
-            terms,
-            factor_B,
-            scratch,
-            lambda place, values: out_P[place].add_((values / grid).float().round().double()),
-        )
+    def together(self, terms, factor_B):
+        def add(place, values):
+            self._total_P.view(place, -1).add((values / self._unit).float().round())
 
-    patch.setattr(gradients, "add_records", together)
+        weighted_sum(terms, factor_B, Scratch(factor_B.device), add)
+
+    patch.setattr(RecordSums, "add", together)
 
 
 def plant_windows_one_pixel_off(patch) -> None:

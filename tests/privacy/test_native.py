@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dpldm_dist.privacy import native
+from dpldm_dist.privacy.gradients.sums import RecordSums
 
 pytestmark = pytest.mark.skipif(
     not native.serves(torch.device("cpu")), reason="no compiled kernels on this machine"
@@ -40,15 +41,19 @@ def in_order(order: str, records: int, tokens: int, width: int) -> torch.Tensor:
 
 def sums(grad_BTO, input_BTD, factor_B, *, bias: bool = True):
     outputs, inputs = grad_BTO.shape[2], input_BTD.shape[2]
-    weight_ODA = torch.zeros(outputs, inputs, 1, dtype=torch.float64)
-    bias_O = torch.zeros(outputs, dtype=torch.float64) if bias else None
+    weight_P, bias_O = native.Total.zeros(outputs * inputs), native.Total.zeros(outputs)
     native.add_records(
         *(grad_BTO, input_BTD, factor_B, native.straight(grad_BTO.shape[1])),
-        step=1.0,
-        weight_ODA=weight_ODA,
-        bias_O=bias_O,
+        weight_ODA=weight_P.view(slice(None), outputs, inputs, 1),
+        bias_O=bias_O if bias else None,
     )
-    return weight_ODA[:, :, 0], bias_O
+    return weight_P.whole().view(outputs, inputs).double(), bias_O.whole().double()
+
+
+def sums_of_rows(rows_BP, factor_B) -> torch.Tensor:
+    out_P = native.Total.zeros(rows_BP.shape[1])
+    native.add_rows(rows_BP, factor_B, out_P=out_P)
+    return out_P.whole().double()
 
 
 @pytest.mark.parametrize("left", ORDERS)
@@ -67,7 +72,6 @@ def test_sums_are_those_of_float64_but_for_half_a_unit_of_each_record(kernels, l
     assert ((found_OD - exact_OD).abs() <= 0.5 * records + error * terms_OD).all()
     exact_O, terms_O = (torch.einsum("b,bto->o", factor_B, x) for x in (wide[0], wide[0].abs()))
     assert ((found_O - exact_O).abs() <= 0.5 * records + error * terms_O).all()
-    assert torch.equal(found_OD, found_OD.round()) and torch.equal(found_O, found_O.round())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -75,34 +79,50 @@ def test_a_record_of_factor_zero_is_not_read(kernels, bad):
     grad_BTO, input_BTD = torch.randn(5, 8, 6), torch.randn(5, 8, 9)
     factor_B = torch.tensor([1.0, 3.0, 0.0, 2.0, 5.0], dtype=torch.float64) * 100
     clean = sums(grad_BTO, input_BTD, factor_B)
-    rows_BP, out_P = torch.randn(5, 33), torch.zeros(2, 33, dtype=torch.float64)
-    native.add_rows(rows_BP, factor_B, step=1.0, out_P=out_P[0])
+    rows_BP = torch.randn(5, 33)
+    clean_P = sums_of_rows(rows_BP, factor_B)
     grad_BTO[2], input_BTD[2, 3], rows_BP[2] = bad, bad, bad
     for one, other in zip(clean, sums(grad_BTO, input_BTD, factor_B), strict=True):
         assert torch.equal(one, other)
-    native.add_rows(rows_BP, factor_B, step=1.0, out_P=out_P[1])
-    assert torch.equal(out_P[0], out_P[1]) and out_P.any()
+    assert torch.equal(sums_of_rows(rows_BP, factor_B), clean_P) and clean_P.any()
 
 
-@pytest.mark.parametrize("records", [15, 16, 47])
-def test_the_largest_numbers_that_are_promised_do_not_overflow(kernels, records):
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("records", [15, 16, 47, RecordSums.most_records])
+def test_the_largest_numbers_that_are_promised_do_not_overflow(kernels, records, sign):
     """More records than an int32 holds, each with the most units that it may add."""
     ones_BT1 = torch.ones(records, 1, 1)
-    factor_B = torch.full((records,), native.LARGEST, dtype=torch.float64)
+    factor_B = torch.full((records,), sign * native.LARGEST, dtype=torch.float64)
     weight_OD, bias_O = sums(ones_BT1, ones_BT1, factor_B)
-    out_P = torch.zeros(1, dtype=torch.float64)
-    native.add_rows(ones_BT1[:, 0], factor_B, step=1.0, out_P=out_P)
-    assert weight_OD.item() == bias_O.item() == out_P.item() == records * native.LARGEST
+    found_P = sums_of_rows(ones_BT1[:, 0], factor_B)
+    assert weight_OD.item() == bias_O.item() == found_P.item() == sign * records * native.LARGEST
+
+
+def test_a_total_of_five_bytes_is_exact_up_to_its_bound(kernels):
+    """Added up by PyTorch and by the kernels, up and down through every carry."""
+    total_P, exact_P = native.Total.zeros(5000), torch.zeros(5000, dtype=torch.int64)
+    for _ in range(200):
+        numbers_P = torch.randint(-(2**27), 2**27, (5000,))
+        numbers_P += (exact_P.sign() + (exact_P == 0)) * 2**31 * (exact_P.abs() < 2**38)
+        total_P.add(numbers_P.double())
+        exact_P += numbers_P
+        rows_BP = torch.randint(-(2**20), 2**20, (3, 5000))
+        native.add_rows(rows_BP.float(), torch.ones(3, dtype=torch.float64), out_P=total_P)
+        exact_P += rows_BP.sum(0)
+        assert torch.equal(total_P.whole(), exact_P)
+    assert int(exact_P.abs().max()) > 2**37
+    for number in (native.Total.MOST - 1, 1 - native.Total.MOST):
+        total_P = native.Total.zeros(1)
+        total_P.add(torch.tensor([number]))
+        assert total_P.whole().item() == number
 
 
 def test_rows_are_rounded_one_by_one(kernels):
     rows_BP = torch.randn(40, 700) * 10
     factor_B = torch.rand(40, dtype=torch.float64)
     factor_B[7] = 0.0
-    out_P = torch.full((700,), 5.0, dtype=torch.float64)
-    native.add_rows(rows_BP, factor_B, step=0.25, out_P=out_P)
     rounded_BP = (factor_B[:, None] * rows_BP.double()).float().round().double()
-    assert torch.equal(out_P, 5.0 + 0.25 * rounded_BP.sum(0))
+    assert torch.equal(sums_of_rows(rows_BP, factor_B), rounded_BP.sum(0))
 
 
 @pytest.mark.parametrize("threads", [2, 3, 5])
@@ -112,9 +132,8 @@ def test_threads_change_no_bit(kernels, threads):
 
     def everything():
         norms = native.norms(grad_BTO, input_BTD, bias=True, floor=0.0, gamma=1.0, own=1.0)
-        out_P = torch.zeros(2080, dtype=torch.float64)
-        native.add_rows(grad_BTO.flatten(1), factor_B, step=1.0, out_P=out_P)
-        return *sums(grad_BTO, input_BTD, factor_B), norms, out_P
+        rows_P = sums_of_rows(grad_BTO.flatten(1), factor_B)
+        return *sums(grad_BTO, input_BTD, factor_B), norms, rows_P
 
     before = torch.get_num_threads()
     try:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from dpldm_dist.errors import PrivacyError
 from dpldm_dist.privacy import native
-from dpldm_dist.privacy.blocks import converted_
 from dpldm_dist.privacy.gradients.layers import find_layers, places_of
 from dpldm_dist.privacy.gradients.norms import LEAST_RATIO, clip_factors, record_norms
 from dpldm_dist.privacy.gradients.operands import (
@@ -31,7 +30,12 @@ from dpldm_dist.privacy.gradients.operands import (
     Products,
     plain_arithmetic,
 )
-from dpldm_dist.privacy.gradients.sums import Scratch, add_records, record_rounding, weighted_sum
+from dpldm_dist.privacy.gradients.sums import (
+    MicrobatchSums,
+    RecordSums,
+    Scratch,
+    record_rounding,
+)
 from dpldm_dist.privacy.gradients.tape import Tape
 from dpldm_dist.privacy.plan import TELEMETRY_NUMBERS
 from dpldm_dist.privacy.telemetry import TelemetryQuery
@@ -119,6 +123,7 @@ class PerRecordGradients:
         self._device = next(iter(self._parameters.values())).device
         self._scratch = Scratch(self._device)
         self._length = sum(p.stop - p.start for p in self._places.values())
+        self._told = torch.zeros(TELEMETRY_NUMBERS, dtype=torch.int64, device=self._device)
         self._begin_sum()
 
     def add(self, losses: Callable[[], Tensor], mask_B: Tensor) -> None:
@@ -127,17 +132,16 @@ class PerRecordGradients:
         ``losses`` runs the forward pass and returns the loss of every row, (B * K,), record-major;
         ``mask_B`` (bool) is False for padding. Parameters and ``.grad`` are left as they were.
         """
-        self._count(len(mask_B))
+        self._refuse_overflow(len(mask_B))
         terms, loss_B = self._differentiate(losses, mask_B)
         with plain_arithmetic(self._device):
             norms = record_norms(terms, mask_B)
             factor_B = clip_factors(
                 norms, mask_B & loss_B.isfinite(), clip_norm=self._clip_norm - self._lost(terms)
             )
-            part_P = self._part()
-            self._sum(terms, factor_B, part_P, grid=self._grid, unit=self._unit)
+            self._add_to_sum(terms, factor_B)
             if self._telemetry is not None:
-                part_P[-TELEMETRY_NUMBERS:] += self._telemetry.encode(loss_B, factor_B).sum(0)
+                self._told += self._telemetry.encode(loss_B, factor_B).sum(0)
             if self._watch is not None:
                 norm_B = norms.square_B.clamp(min=0.0).sqrt()
                 self._watch(RawRecords(loss_B, norm_B, factor_B, mask_B))
@@ -147,6 +151,8 @@ class PerRecordGradients:
         from zero."""
         self._settle()
         taken_P = self._sum_P
+        if self._telemetry is not None:
+            taken_P[-TELEMETRY_NUMBERS:] += self._told
         self._begin_sum()
         return taken_P
 
@@ -161,7 +167,6 @@ class PerRecordGradients:
         gradient; take 0.03 under bf16 autocast. Nothing is added to the sum.
         Raises: PrivacyError naming the parameter.
         """
-        ours_P = torch.zeros(self._length, dtype=torch.float64, device=self._device)
         with _same_dropout():
             terms, _ = self._differentiate(losses, mask_B)
         with plain_arithmetic(self._device):
@@ -170,8 +175,9 @@ class PerRecordGradients:
             finite_B = mask_B.to(self._device) & norms.square_B.isfinite() & upper_B.isfinite()
             largest = max(2.0**-40, float(upper_B[finite_B].max())) if finite_B.any() else 1.0
             unit = _unit_of_records(2.0 * largest, grid=0.0)
-            self._sum(terms, finite_B.double(), ours_P, grid=unit, unit=unit)
-            ours_P *= unit
+            sums = self._sums(2.0 * largest, grid=unit, unit=unit)
+            sums.add(terms, finite_B.double())
+            ours_P = sums.whole()[: self._length].double() * unit
         with _same_dropout():
             theirs_P = self._autograd(losses, mask_B)
         floor = 1e-3 * tolerance * float(theirs_P.norm())
@@ -196,24 +202,26 @@ class PerRecordGradients:
             )
         return lost
 
-    def _sum(
-        self,
-        terms: Sequence[Operands | Products],
-        factor_B: Tensor,
-        out_P: Tensor,
-        *,
-        grid: float,
-        unit: float,
-    ) -> None:
-        """Add sum_b factor_b G_b to ``out_P``, in whole numbers of ``grid``."""
+    def _sums(self, clip_norm: float, *, grid: float, unit: float) -> RecordSums | MicrobatchSums:
+        length = self._length + (0 if self._telemetry is None else TELEMETRY_NUMBERS)
         if native.serves(self._device):
-            add_records(terms, factor_B, out_P, grid=grid, unit=unit)
-            return
+            return RecordSums(length, grid=grid, unit=unit)
+        return MicrobatchSums(length, grid=grid, clip_norm=clip_norm, scratch=self._scratch)
 
-        def add_rounded(place: slice, values: Tensor) -> None:
-            out_P[place] += values.mul_(1.0 / grid).round_()
+    def _add_to_sum(self, terms: Sequence[Operands | Products], factor_B: Tensor) -> None:
+        """Add sum_b factor_b G_b, as many records at a time as a part of the sum can hold."""
+        most = self._open_part().most_records
+        for some_B, records in _divided(factor_B, most):
+            if self._part_records + records > most:
+                self._settle()
+            self._open_part().add(terms, some_B)
+            self._part_records += records
 
-        weighted_sum(terms, factor_B, self._scratch, add_rounded)
+    def _open_part(self) -> RecordSums | MicrobatchSums:
+        """Made after a backward pass: activations are gone then."""
+        if self._part is None:
+            self._part = self._sums(self._clip_norm, grid=self._grid, unit=self._unit)
+        return self._part
 
     def _differentiate(
         self, losses: Callable[[], Tensor], mask_B: Tensor
@@ -251,36 +259,23 @@ class PerRecordGradients:
 
     def _begin_sum(self) -> None:
         self._sum_P: Tensor | None = None
-        self._part_P: Tensor | None = None
+        self._part: RecordSums | MicrobatchSums | None = None
         self._records = self._part_records = 0
+        self._told.zero_()
 
-    def _part(self) -> Tensor:
-        """The float64 part of the sum, made after a backward pass: activations are gone then."""
-        if self._part_P is None:
-            length = self._length + (0 if self._telemetry is None else TELEMETRY_NUMBERS)
-            self._part_P = torch.zeros(length, dtype=torch.float64, device=self._device)
-        return self._part_P
-
-    def _count(self, records: int) -> None:
-        """Refuse what could overflow: every coordinate stays below 2^62 units, and below 2^52 in
-        the float64 part, where sums of integers are exact."""
+    def _refuse_overflow(self, records: int) -> None:
+        """Every coordinate of the sum stays below 2^62 units of the grid. Raises: PrivacyError."""
         self._records += records
-        if self._most_units(self._records) > 2.0**62:
+        if self._records * 2.0 * self._clip_norm / self._grid > 2.0**62:
             raise PrivacyError(
                 "The integer sum could overflow: take a coarser grid or fewer records."
             )
-        if self._part_records and self._most_units(self._part_records + records) > 2.0**52:
-            self._settle()
-        self._part_records += records
-
-    def _most_units(self, records: int) -> float:
-        return records * 2.0 * self._clip_norm / self._grid
 
     def _settle(self) -> None:
-        """Move the float64 part, whole numbers all, into the int64 sum, which takes its memory."""
-        whole_P = converted_(self._part(), torch.int64)
+        """Move the part into the int64 sum."""
+        whole_P = self._open_part().whole()
         self._sum_P = whole_P if self._sum_P is None else self._sum_P.add_(whole_P)
-        self._part_P = None
+        self._part = None
         self._part_records = 0
 
 
@@ -295,6 +290,18 @@ def _check_numbers(*, clip_norm: float, draws: int, grid: float) -> None:
         raise PrivacyError(
             f"clip_norm is {clip_norm / grid:.3g} grid units: expected at most 2^40."
         )
+
+
+def _divided(factor_B: Tensor, most: int) -> Iterator[tuple[Tensor, int]]:
+    """The factors of at most ``most`` records, all others 0; and the number of those records."""
+    records = len(factor_B)
+    if records <= most:
+        yield factor_B, records
+        return
+    for start in range(0, records, most):
+        some_B = torch.zeros_like(factor_B)
+        some_B[start : start + most] = factor_B[start : start + most]
+        yield some_B, min(most, records - start)
 
 
 def _unit_of_records(clip_norm: float, grid: float) -> float:

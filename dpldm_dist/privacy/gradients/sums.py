@@ -11,11 +11,70 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dpldm_dist.errors import PrivacyError
 from dpldm_dist.privacy import native
+from dpldm_dist.privacy.blocks import converted_
 from dpldm_dist.privacy.gradients import patches
 from dpldm_dist.privacy.gradients.operands import Operands, Products, by_input, tokens_of
 
+_CONVERTED_NUMBERS = 2**20  # of a sum at a time
 _COPIED_TOKENS = (2**16, 1024)  # tokens that lie in float64 at a time: on a device, on a CPU
+
+
+class RecordSums:
+    """The sum of records that compiled kernels round one by one, in five bytes a coordinate.
+
+    ``unit``: what a record is rounded to, a multiple of ``grid``.
+
+    Formal guarantees: what a record adds depends on it alone, and sums are exact for up to
+    ``most_records``. What records of factor 0 hold counts for nothing.
+    """
+
+    most_records = int(native.Total.MOST / (native.LARGEST + 1))
+
+    def __init__(self, length: int, *, grid: float, unit: float):
+        self._unit = unit
+        self._multiple = round(unit / grid)
+        self._total_P = native.Total.zeros(length)
+
+    def add(self, terms: Sequence[Operands | Products], factor_B: Tensor) -> None:
+        """Add sum_b round(factor_b G_b / unit)."""
+        factor_B = factor_B / self._unit
+        for term in reversed(terms):  # the last ones may still be in the processor's cache
+            if isinstance(term, Products):
+                for place, rows in ((term.layer.weight, term.weight), (term.layer.bias, term.bias)):
+                    if place is not None:
+                        part_P = self._total_P.view(place, -1)
+                        native.add_rows(rows, factor_B, out_P=part_P)
+            elif term.layer.kind == "embedding":
+                self._add_rows_of_table(term, factor_B)
+            else:
+                self._add_contraction(term, factor_B)
+
+    def whole(self) -> Tensor:
+        """The sum in units of the grid, int64 (P,)."""
+        length = len(self._total_P.low)
+        whole_P = torch.empty(length, dtype=torch.int64)
+        for start in range(0, length, _CONVERTED_NUMBERS):
+            part = slice(start, start + _CONVERTED_NUMBERS)
+            whole_P[part] = self._total_P.whole(part).mul_(self._multiple)
+        return whole_P
+
+    def _add_contraction(self, term: Operands, factor_B: Tensor) -> None:
+        layer, (input_BTD, pairs) = term.layer, tokens_of(term)
+        shape = term.grad_BTO.shape[2], input_BTD.shape[2], -1
+        native.add_records(
+            *(term.grad_BTO.float(), input_BTD, factor_B, pairs),
+            weight_ODA=self._total_P.view(layer.weight, *shape),
+            bias_O=None if layer.bias is None else self._total_P.view(layer.bias, -1),
+        )
+
+    def _add_rows_of_table(self, term: Operands, factor_B: Tensor) -> None:
+        """An embedding's sum: every token's gradient, rounded, goes to its row of the table."""
+        out_B = (factor_B == 0).nonzero().flatten()
+        grad_BTO = term.grad_BTO.double().mul_(factor_B[:, None, None]).round_()
+        table_NO = _table(term, _fill(grad_BTO, out_B))
+        self._total_P.view(term.layer.weight, *table_NO.shape).add(table_NO)
 
 
 def record_rounding(terms: Sequence[Operands | Products], unit: float) -> float:
@@ -35,49 +94,42 @@ def record_rounding(terms: Sequence[Operands | Products], unit: float) -> float:
     return 0.5 * unit * math.sqrt(squares)
 
 
-def add_records(
-    terms: Sequence[Operands | Products],
-    factor_B: Tensor,
-    out_P: Tensor,
-    *,
-    grid: float,
-    unit: float,
-) -> None:
-    """Add sum_b round(factor_b G_b / unit) unit / grid to ``out_P``: float64, integers all.
-
-    What a record adds depends on it alone; what those with factor 0 hold counts for nothing.
-    """
-    factor_B, step = factor_B / unit, unit / grid
-    for term in reversed(terms):  # the last ones may still be in the processor's cache
-        layer = term.layer
-        weight_P = None if layer.weight is None else out_P[layer.weight]
-        bias_P = None if layer.bias is None else out_P[layer.bias]
-        if isinstance(term, Products):
-            for rows, out in ((term.weight, weight_P), (term.bias, bias_P)):
-                if out is not None:
-                    native.add_rows(rows, factor_B, step=step, out_P=out)
-        elif layer.kind == "embedding":
-            _add_rows_of_table(term, factor_B, weight_P, step)
-        else:
-            input_BTD, pairs = tokens_of(term)
-            weight_ODA = weight_P.view(term.grad_BTO.shape[2], input_BTD.shape[2], -1)
-            native.add_records(
-                *(term.grad_BTO.float(), input_BTD, factor_B, pairs),
-                step=step,
-                weight_ODA=weight_ODA,
-                bias_O=bias_P,
-            )
-
-
-def _add_rows_of_table(operands: Operands, factor_B: Tensor, out_P: Tensor, step: float) -> None:
-    """An embedding's sum: every token's gradient, rounded, goes to its row of the table."""
-    out_B = (factor_B == 0).nonzero().flatten()
-    grad_BTO = operands.grad_BTO.double().mul_(factor_B[:, None, None]).round_()
-    grad_NO = _fill(grad_BTO, out_B).mul_(step).flatten(0, 1)
-    out_P.view_as(operands.layer.module.weight).index_add_(0, operands.input.flatten(), grad_NO)
+def _table(operands: Operands, grad_BTO: Tensor) -> Tensor:
+    """Every token's gradient in its row of the table, float64 (N, O)."""
+    table_NO = torch.zeros_like(operands.layer.module.weight, dtype=torch.float64)
+    return table_NO.index_add_(0, operands.input.flatten(), grad_BTO.flatten(0, 1))
 
 
 # --- without compiled kernels ---------------------------------------------------------------------
+
+
+class MicrobatchSums:
+    """The sum of microbatches that PyTorch contracts in float64 and that are rounded to the grid.
+
+    Formal guarantees: sums of rounded microbatches are exact for up to ``most_records`` records,
+    each clipped to ``clip_norm``.
+    """
+
+    def __init__(self, length: int, *, grid: float, clip_norm: float, scratch: Scratch):
+        self.most_records = int(2.0**52 * grid / (2.0 * clip_norm))
+        self._grid, self._scratch = grid, scratch
+        self._sum_P = torch.zeros(length, dtype=torch.float64, device=scratch.device)
+
+    def add(self, terms: Sequence[Operands | Products], factor_B: Tensor) -> None:
+        """Add round(sum_b factor_b G_b / grid). Raises: PrivacyError for too many records."""
+        if len(factor_B) > self.most_records:
+            raise PrivacyError(
+                f"A microbatch of {len(factor_B)} records: expected at most {self.most_records} "
+                "with this clip_norm and grid."
+            )
+        weighted_sum(terms, factor_B, self._scratch, self._add)
+
+    def whole(self) -> Tensor:
+        """The sum in units of the grid, int64 (P,). It takes the memory: nothing may be added."""
+        return converted_(self._sum_P, torch.int64)
+
+    def _add(self, place: slice, values: Tensor) -> None:
+        self._sum_P[place] += values.mul_(1.0 / self._grid).round_()
 
 
 def weighted_sum(
@@ -149,23 +201,21 @@ def _emit_rows(
 ) -> None:
     """An embedding's sum: every token's gradient goes to its row of the table."""
     grad_BTO = _fill(operands.grad_BTO.double().mul_(factor_B[:, None, None]), out_B)
-    table_NO = torch.zeros_like(operands.layer.module.weight, dtype=torch.float64)
-    table_NO.index_add_(0, operands.input.flatten(), grad_BTO.flatten(0, 1))
-    emit(operands.layer.weight, table_NO.flatten())
+    emit(operands.layer.weight, _table(operands, grad_BTO).flatten())
 
 
 class Scratch:
     """Work space that is kept from layer to layer: fresh pages cost more than the copies."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._space: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         length = math.prod(shape)
         space = self._space.get((name, dtype))
         if space is None or len(space) < length:
-            space = torch.empty(length, dtype=dtype, device=self._device)
+            space = torch.empty(length, dtype=dtype, device=self.device)
             self._space[name, dtype] = space
         return space[:length].view(*shape)
 

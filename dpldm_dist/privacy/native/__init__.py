@@ -22,7 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,49 @@ class Pairs:
     starts: Tensor
     input_token: Tensor
     grad_token: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Total:
+    """A sum of whole numbers in five bytes each, high * 2^32 + low: int32 and int8 of one shape.
+
+    Exact as long as every number stays below ``MOST`` in size.
+    """
+
+    low: Tensor
+    high: Tensor
+    MOST: ClassVar[int] = 2**39 - 2**31
+
+    @classmethod
+    def zeros(cls, length: int) -> Total:
+        kinds = (torch.int32, torch.int8)
+        return cls(*(torch.zeros(length, dtype=kind, device="cpu") for kind in kinds))
+
+    def view(self, place: slice, *shape: int) -> Total:
+        """A part of a flat total, in another shape."""
+        return Total(self.low[place].view(*shape), self.high[place].view(*shape))
+
+    def transposed(self) -> Total:
+        """First and second axis exchanged."""
+        return Total(self.low.transpose(0, 1), self.high.transpose(0, 1))
+
+    def add(self, numbers: Tensor) -> None:
+        """Add whole numbers of any type."""
+        sum_P = numbers.to(torch.int64).add_(self.low)
+        self.low.copy_(sum_P)  # the low 32 bits
+        self.high.add_(sum_P.sub_(self.low).bitwise_right_shift_(32))
+
+    def whole(self, place: slice = slice(None)) -> Tensor:
+        """int64."""
+        return self.high[place].to(torch.int64).bitwise_left_shift_(32).add_(self.low[place])
+
+
+class _Total(ctypes.Structure):
+    _fields_ = [("low", ctypes.c_void_p), ("high", ctypes.c_void_p)]
+
+    @classmethod
+    def of(cls, total: Total | None) -> _Total:
+        return cls() if total is None else cls(total.low.data_ptr(), total.high.data_ptr())
 
 
 class _Numbers(ctypes.Structure):
@@ -66,9 +109,9 @@ class _Task(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("grad_tokens", "places")),
         *((name, _Numbers) for name in ("input", "grad")),
         *((name, ctypes.c_void_p) for name in (*_TABLES, "factor")),
-        *(("step", ctypes.c_double), ("out", ctypes.c_void_p)),
+        ("out", _Total),
         *((name, ctypes.c_int64) for name in ("out_place", "out_row", "out_column")),
-        ("bias", ctypes.c_void_p),
+        ("bias", _Total),
     ]
 
 
@@ -105,30 +148,28 @@ def add_records(
     factor_B: Tensor,
     pairs: Pairs,
     *,
-    step: float,
-    weight_ODA: Tensor,
-    bias_O: Tensor | None = None,
+    weight_ODA: Total,
+    bias_O: Total | None = None,
 ) -> None:
-    """weight[:, :, a] += step * sum_b round(factor_b sum_p grad[b, p'] input[b, p'']^T) over the
-    pairs p of place a, and bias += step * sum_b round(factor_b sum_t grad[b, t]).
+    """weight[:, :, a] += sum_b round(factor_b sum_p grad[b, p'] input[b, p'']^T) over pairs p of
+    place a, and bias += sum_b round(factor_b sum_t grad[b, t]).
 
-    Operands float32; ``factor_B`` float64, contiguous; results float64. The caller makes sure that
-    what is rounded is at most ``LARGEST``.
+    Operands float32; ``factor_B`` float64, contiguous. The caller makes sure that what is rounded
+    is at most ``LARGEST``, and sums below ``Total.MOST``.
     """
-    outputs, inputs, _ = weight_ODA.shape
+    outputs, inputs, _ = weight_ODA.low.shape
     if _TRANSPOSED * _work(high=inputs, wide=outputs) < _work(high=outputs, wide=inputs):
         if bias_O is not None:
-            add_rows(token_sums(grad_BTO), factor_B, step=step, out_P=bias_O)
+            add_rows(token_sums(grad_BTO), factor_B, out_P=bias_O)
         add_records(
             *(input_BTD, grad_BTO, factor_B),
             Pairs(pairs.starts, pairs.grad_token, pairs.input_token),
-            step=step,
-            weight_ODA=weight_ODA.transpose(0, 1),
+            weight_ODA=weight_ODA.transposed(),
         )
         return
-    task = _task(grad_BTO, input_BTD, pairs, weight_ODA)
-    task.factor, task.step, task.out = factor_B.data_ptr(), step, weight_ODA.data_ptr()
-    task.bias = None if bias_O is None else bias_O.data_ptr()
+    task = _task(grad_BTO, input_BTD, pairs, weight_ODA.low)
+    task.factor = factor_B.data_ptr()
+    task.out, task.bias = _Total.of(weight_ODA), _Total.of(bias_O)
     run = _library().dpldm_sum
     _in_parts(outputs, lambda first, last: run(ctypes.byref(task), first, last), least=_HIGH)
 
@@ -189,12 +230,12 @@ def _work(*, high: int, wide: int) -> int:
     return -(-high // _HIGH) * _HIGH * -(-wide // _WIDE) * _WIDE
 
 
-def add_rows(rows_BP: Tensor, factor_B: Tensor, *, step: float, out_P: Tensor) -> None:
-    """out += step * sum_b round(factor_b rows_b); types and condition as in ``add_records``."""
-    rows_BP = rows_BP.contiguous()
-    head = (len(factor_B), rows_BP.data_ptr(), len(out_P), factor_B.data_ptr(), step)
+def add_rows(rows_BP: Tensor, factor_B: Tensor, *, out_P: Total) -> None:
+    """out += sum_b round(factor_b rows_b); types and conditions as in ``add_records``."""
+    rows_BP, width, out = rows_BP.contiguous(), rows_BP.shape[1], _Total.of(out_P)
+    head = (len(factor_B), rows_BP.data_ptr(), width, factor_B.data_ptr(), ctypes.byref(out))
     run = _library().dpldm_rows
-    _in_parts(len(out_P), lambda first, last: run(*head, out_P.data_ptr(), first, last), least=1024)
+    _in_parts(width, lambda first, last: run(*head, first, last), least=1024)
 
 
 def norms(
@@ -296,8 +337,7 @@ def _declare(library: Any) -> None:
     library.dpldm_sum.argtypes = [pointer, integer, integer]
     library.dpldm_products.argtypes = [pointer, *[integer] * 3, pointer, integer, pointer]
     library.dpldm_token_sums.argtypes = [*[integer] * 3, pointer, integer, pointer]
-    library.dpldm_rows.argtypes = [integer, pointer, integer, pointer, double]
-    library.dpldm_rows.argtypes += [pointer, integer, integer]
+    library.dpldm_rows.argtypes = [integer, pointer, integer, *[pointer] * 2, *[integer] * 2]
     library.dpldm_rows.restype = None
     library.dpldm_norms.argtypes = [*[integer] * 3, pointer, integer, integer, pointer, integer]
     library.dpldm_norms.argtypes += [pointer, integer, *[pointer] * 3]

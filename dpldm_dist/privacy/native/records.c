@@ -138,6 +138,34 @@ static inline index_v rounded(single_v v) {
 
 /* --- the sum over records ------------------------------------------------------------------------ */
 
+/* A sum of whole numbers, high * 2^32 + low: exact below 2^39 - 2^31. */
+typedef struct {
+    int32_t *low;
+    int8_t *high;
+} total;
+
+static inline total total_at(total sum, int64_t place) {
+    return (total){sum.low + place, sum.high + place};
+}
+
+/* Adds numbers side by side to sums that lie `step` apart. */
+static inline __attribute__((always_inline)) void add_strided(const int64_t *numbers, int64_t count,
+                                                              int64_t step, total to) {
+    for (int64_t i = 0; i < count; i++) {
+        int64_t sum = to.low[i * step] + numbers[i];
+        int32_t low = (int32_t)(uint32_t)sum;
+        to.low[i * step] = low;
+        to.high[i * step] += (int8_t)((sum - low) >> 32);
+    }
+}
+
+static void add_whole(const int64_t *numbers, int64_t count, int64_t step, total to) {
+    if (step == 1)
+        add_strided(numbers, count, 1, to);
+    else
+        add_strided(numbers, count, step, to);
+}
+
 /* What a sum is of; see dpldm_sum. */
 typedef struct {
     int64_t records, input_tokens, inputs, grad_tokens, places;
@@ -145,9 +173,9 @@ typedef struct {
     const int64_t *starts;
     const int32_t *input_token, *grad_token;
     const double *factor;
-    double step, *out;
+    total out;
     int64_t out_place, out_row, out_column;
-    double *bias;
+    total bias; /* its `low` may be null */
 } task;
 
 typedef single_v tile[HIGH][VECTORS];
@@ -169,7 +197,7 @@ static inline __attribute__((always_inline)) void add_pairs(const int32_t *input
     }
 }
 
-static void spill(index_v held[HIGH][VECTORS], double *sum) {
+static void spill(index_v held[HIGH][VECTORS], int64_t *sum) {
     int32_t number[HIGH * WIDE];
     memcpy(number, held, sizeof number);
     for (int i = 0; i < HIGH * WIDE; i++) sum[i] += number[i];
@@ -180,11 +208,11 @@ static void spill(index_v held[HIGH][VECTORS], double *sum) {
 static inline __attribute__((always_inline)) void tile_of_sum(const task *of, int many,
                                                               int64_t place, int64_t count,
                                                               const float *x, const float *g,
-                                                              int64_t g_row, double *sum) {
+                                                              int64_t g_row, int64_t *sum) {
     const int64_t first = of->starts[place], pairs = of->starts[place + 1] - first;
     const int64_t x_record = of->input_tokens * WIDE, g_record = of->grad_tokens * g_row;
     const int32_t *input_token = of->input_token + first, *grad_token = of->grad_token + first;
-    memset(sum, 0, HIGH * WIDE * sizeof(double));
+    memset(sum, 0, HIGH * WIDE * sizeof(int64_t));
     for (int64_t b = 0; b < count;) {
         index_v held[HIGH][VECTORS];
         for (int o = 0; o < HIGH; o++)
@@ -207,12 +235,12 @@ static inline __attribute__((always_inline)) void tile_of_sum(const task *of, in
 }
 
 static void tile_of_few(const task *of, int64_t place, int64_t count, const float *x,
-                        const float *g, int64_t g_row, double *sum) {
+                        const float *g, int64_t g_row, int64_t *sum) {
     tile_of_sum(of, 0, place, count, x, g, g_row, sum);
 }
 
 static void tile_of_many(const task *of, int64_t place, int64_t count, const float *x,
-                         const float *g, int64_t g_row, double *sum) {
+                         const float *g, int64_t g_row, int64_t *sum) {
     tile_of_sum(of, 1, place, count, x, g, g_row, sum);
 }
 
@@ -227,12 +255,13 @@ static void add_tokens(const float *g, int64_t tokens, int64_t row, int64_t coun
     }
 }
 
-/* bias += step times the rounded sum over the tokens of one record, whose rows lie in `g`. */
-static void add_bias(const float *g, int64_t tokens, int64_t g_row, int64_t count, double step,
-                     double *bias) {
-    float whole[SLICE], part[SLICE];
-    add_tokens(g, tokens, g_row, count, part, whole);
-    for (int64_t o = 0; o < count; o++) bias[o] += step * nearbyintf(whole[o]);
+/* bias += the rounded sum over the tokens of one record, whose rows lie in `g`. */
+static void add_bias(const float *g, int64_t tokens, int64_t g_row, int64_t count, total bias) {
+    float all[SLICE], part[SLICE];
+    int64_t number[SLICE];
+    add_tokens(g, tokens, g_row, count, part, all);
+    for (int64_t o = 0; o < count; o++) number[o] = (int64_t)nearbyintf(all[o]);
+    add_whole(number, count, 1, bias);
 }
 
 /* Of every record b in [start, stop): out[b][o] = sum_t grad[b][t][o] in float32. Returns 0, or 1 if
@@ -253,10 +282,10 @@ int dpldm_token_sums(int64_t start, int64_t stop, int64_t tokens, const numbers 
 }
 
 /* For every place a, output o in [first, last) and input d:
- *     out[a][o][d] += step sum_b round(sum_p factor[b] grad[b][grad_token[p]][o]
+ *     out[a][o][d] += sum_b round(sum_p factor[b] grad[b][grad_token[p]][o]
  *                                            input[b][input_token[p]][d])
  * with p over the pairs of place a, starts[a] to starts[a + 1]; and, unless `bias` is null,
- *     bias[o] += step sum_b round(sum_t factor[b] grad[b][t][o]).
+ *     bias[o] += sum_b round(sum_t factor[b] grad[b][t][o]).
  * Records of factor 0 are not read. `input_tokens` and `grad_tokens` are those of a record. What is
  * rounded must stay within 2^27 + 1. Returns 0, or 1 if memory is short. */
 int dpldm_sum(const task *of, int64_t first, int64_t last) {
@@ -269,7 +298,7 @@ int dpldm_sum(const task *of, int64_t first, int64_t last) {
     int64_t x_record = of->input_tokens * WIDE, g_record = of->grad_tokens * g_row;
     float *x = buffer(block * x_record, sizeof(float)), *g = buffer(block * g_record, sizeof(float));
     int64_t *live = buffer(block, sizeof(int64_t));
-    double sum[HIGH * WIDE] __attribute__((aligned(BYTES)));
+    int64_t sum[HIGH * WIDE] __attribute__((aligned(BYTES)));
     int failed = !x || !g || !live;
     for (int64_t slice = first; slice < last && !failed; slice += SLICE)
         for (int64_t start = 0; start < of->records; start += block) {
@@ -281,8 +310,8 @@ int dpldm_sum(const task *of, int64_t first, int64_t last) {
                 float *g_i = g + i * g_record;
                 double factor = of->factor[live[i]];
                 pack(&of->grad, live[i], slice, high, of->grad_tokens, g_row, factor, g_i);
-                if (of->bias)
-                    add_bias(g_i, of->grad_tokens, g_row, high, of->step, of->bias + slice);
+                if (of->bias.low)
+                    add_bias(g_i, of->grad_tokens, g_row, high, total_at(of->bias, slice));
             }
             for (int64_t d = 0; d < of->inputs; d += WIDE) {
                 int64_t wide = of->inputs - d < WIDE ? of->inputs - d : WIDE;
@@ -295,15 +324,10 @@ int dpldm_sum(const task *of, int64_t first, int64_t last) {
                             tile_of_few(of, a, count, x, g + o, g_row, sum);
                         else
                             tile_of_many(of, a, count, x, g + o, g_row, sum);
-                        double *out = of->out + a * of->out_place + (slice + o) * of->out_row +
-                                      d * of->out_column;
-                        for (int64_t i = 0; i < HIGH && o + i < high; i++, out += of->out_row)
-                            if (of->out_column == 1)
-                                for (int64_t j = 0; j < wide; j++)
-                                    out[j] += of->step * sum[i * WIDE + j];
-                            else
-                                for (int64_t j = 0; j < wide; j++)
-                                    out[j * of->out_column] += of->step * sum[i * WIDE + j];
+                        int64_t place = a * of->out_place + d * of->out_column;
+                        for (int64_t i = 0; i < HIGH && o + i < high; i++)
+                            add_whole(sum + i * WIDE, wide, of->out_column,
+                                      total_at(of->out, place + (slice + o + i) * of->out_row));
                     }
                 }
             }
@@ -355,7 +379,7 @@ static int in_place(const numbers *input, int64_t wide, int64_t tiles) {
 /* Of every record b in [start, stop):
  *     out[b][a][o][d] = sum_p grad[b][grad_token[p]][o] input[b][input_token[p]][d]
  * in float32, with the pairs of dpldm_sum, and squares[b] the sum of their squares. Of `of`, factor,
- * step, out and bias are not read. Returns 0, or 1 if memory is short. */
+ * out and bias are not read. Returns 0, or 1 if memory is short. */
 int dpldm_products(const task *of, int64_t outputs, int64_t start, int64_t stop, float *out,
                    int64_t out_record, double *squares) {
     unsigned before = begin_arithmetic();
@@ -403,25 +427,28 @@ int dpldm_products(const task *of, int64_t outputs, int64_t start, int64_t stop,
     return failed;
 }
 
-/* out[i] += step sum_b round(factor[b] rows[b][i]) for i in [first, last); rows are `width` apart.
+/* out[i] += sum_b round(factor[b] rows[b][i]) for i in [first, last); rows are `width` apart.
  * What is rounded must stay within 2^27 + 1. */
-void dpldm_rows(int64_t records, const float *rows, int64_t width, const double *factor, double step,
-                double *out, int64_t first, int64_t last) {
+void dpldm_rows(int64_t records, const float *rows, int64_t width, const double *factor,
+                const total *out, int64_t first, int64_t last) {
     unsigned before = begin_arithmetic();
     int32_t held[4 * WIDE];
-    for (int64_t at = first; at < last; at += 4 * WIDE) {
-        int64_t count = last - at < 4 * WIDE ? last - at : 4 * WIDE;
+    int64_t sum[4 * WIDE];
+    for (int64_t from = first; from < last; from += 4 * WIDE) {
+        int64_t count = last - from < 4 * WIDE ? last - from : 4 * WIDE;
+        memset(sum, 0, sizeof sum);
         for (int64_t b = 0; b < records;) {
             int64_t end = records - b < HELD ? records : b + HELD;
             memset(held, 0, sizeof held);
             for (; b < end; b++) {
                 if (factor[b] == 0.0) continue;
-                const float *row = rows + b * width + at;
+                const float *row = rows + b * width + from;
                 for (int64_t i = 0; i < count; i++)
                     held[i] += (int32_t)nearbyintf((float)(factor[b] * row[i]));
             }
-            for (int64_t i = 0; i < count; i++) out[at + i] += step * held[i];
+            for (int64_t i = 0; i < count; i++) sum[i] += held[i];
         }
+        add_whole(sum, count, 1, total_at(*out, from));
     }
     _mm_setcsr(before);
 }
