@@ -4,10 +4,10 @@
 
 All on the small model at an expected batch of 512 records: Gaussian noise from the keystream, the
 all-reduce of the flat sum, records from latent shards and what they draw, the tally of records, and
-``finetune`` itself. Its ``loop`` row is one worker on one thread, CPU time of a step and the share
-of it that is not spent in ``PerRecordGradients.add``; ``workers`` rows are wall time of 1 and 2
-worker processes with one thread each, as the difference of a longer and a shorter run, so that
-start and end cancel.
+``finetune`` itself; then the memory of whole steps (``benchmarks.memory``). The ``loop`` row is one
+worker on one thread, CPU time of a step and the share of it that is not spent in
+``PerRecordGradients.add``; ``workers`` rows are wall time of 1 and 2 worker processes with one
+thread each, as the difference of a longer and a shorter run, so that start and end cancel.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import torch.multiprocessing
 
 from benchmarks import report
 from benchmarks.cells import make_cell, shape_of
+from benchmarks.memory import CELLS, memory_rows
 from benchmarks.step import RESULTS, machine, write_results
 from dpldm_dist.config import Config, parse_config
 from dpldm_dist.data.latents import (
@@ -78,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             *data_rows(root, options, step_seconds),
             tally_row(options, step_seconds),
             *worker_rows(root, options),
+            *memory_rows(CELLS[:1] if options.quick else CELLS),
         ]
     write_results(options.output, {"machine": machine(device="cpu", threads=1), "rows": rows})
     document = json.loads(options.output.read_text())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import report
+from benchmarks import memory, report
 from benchmarks.cells import make_cell, own_copy
 from benchmarks.clock import peak_bytes
 from benchmarks.methods import METHODS, Unsupported
@@ -91,6 +91,15 @@ def test_peak_memory_counts_what_is_alive_at_once():
         torch.zeros(1_000_000)
 
     assert peak_bytes(lambda: run, torch.device("cpu")) == pytest.approx(8e6, rel=0.01)
+
+
+def test_a_whole_private_step_holds_one_vector_of_integers():
+    """Where few rows pass through many parameters: at its end two averages of AdamW, the sum in
+    eight bytes and a gradient in four. A copy of the sum, or noise drawn at once, would be seen."""
+    cell = make_cell("small", "all", draws=1, rows=4)
+    plain, private = (memory.peak(own_copy(cell), private=kind) for kind in (False, True))
+    assert 12 * cell.count < plain < private
+    assert 20 * cell.count < private < 24 * cell.count
 
 
 def test_the_benchmark_writes_rows_with_the_promised_columns_and_a_small_plot(tmp_path):

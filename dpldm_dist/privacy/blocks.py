@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-_CONVERTED_NUMBERS = 2**20  # that are copied at a time
+_CONVERTED_NUMBERS = 2**17  # that are copied at a time
 BLOCK = 1 << 12
 """Coordinates of a block. Below the size at which torch would share a tensor among threads, so that
 the bits of an update do not depend on their number."""

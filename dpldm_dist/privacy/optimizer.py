@@ -33,7 +33,7 @@ from dpldm_dist.privacy.collective import Collective
 from dpldm_dist.privacy.randomness import NOISE_BLOCK, derive_key, integer_noise
 
 _LEAST_STD = 2.0**20  # in grid units: below it, rounding the noise would no longer be negligible
-_NOISE_AT_A_TIME = 64 * NOISE_BLOCK  # coordinates: 32 MiB beside the sum
+_BLOCKS_OF_THREAD = 4  # blocks of noise that lie beside the sum, for each thread
 
 Bind = Callable[[str, int, str], object]
 """Given purpose, step and digest: makes them durable, or raises, before the noise is drawn."""
@@ -134,8 +134,9 @@ class NoisySum:
     def _add_noise(self, total_P: Tensor, bounds: Sequence[int], key: bytes) -> tuple[int, int]:
         """Add this worker's noise in place; the slice that was filled."""
         start, stop = bounds[self._collective.rank], bounds[self._collective.rank + 1]
-        for at in range(start // _NOISE_AT_A_TIME * _NOISE_AT_A_TIME, stop, _NOISE_AT_A_TIME):
-            first, last = max(start, at), min(stop, at + _NOISE_AT_A_TIME)
+        some = _BLOCKS_OF_THREAD * torch.get_num_threads() * NOISE_BLOCK
+        for at in range(start // some * some, stop, some):
+            first, last = max(start, at), min(stop, at + some)
             noise = integer_noise(key, first, last, std=self._std)
             total_P[first:last] += noise.to(total_P.device)
         return start, stop

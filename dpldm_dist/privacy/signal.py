@@ -36,7 +36,7 @@ from torch import Tensor
 from dpldm_dist.errors import PrivacyError
 
 MOST_OF_NOISE = 5.0  # standard errors of alignment that noise alone does not reach
-_PART = 2**20  # numbers that are copied at a time
+_PART = 2**17  # numbers that are copied at a time
 _MEMORY = 0.8  # d: how much a step counts among the steps before, from one step to the next
 
 

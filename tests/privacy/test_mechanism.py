@@ -11,7 +11,6 @@ from dpldm_dist.errors import PrivacyError
 from dpldm_dist.privacy import optimizer as optimizer_module
 from dpldm_dist.privacy.blocks import BLOCK, block_slices, pieces_of
 from dpldm_dist.privacy.optimizer import DistributedDPOptimizer
-from dpldm_dist.privacy.randomness import NOISE_BLOCK
 from dpldm_dist.runtime import collective as collective_module
 from dpldm_dist.runtime.collective import SoloCollective
 from tests.privacy.mechanism_checks import (
@@ -61,7 +60,7 @@ def test_a_release_has_the_same_bits_however_little_is_drawn_or_sent_at_a_time()
 
 def released_in_small_parts(collective):
     with (
-        mock.patch.object(optimizer_module, "_NOISE_AT_A_TIME", NOISE_BLOCK),
+        mock.patch.object(optimizer_module, "_BLOCKS_OF_THREAD", 1),
         mock.patch.object(collective_module, "_COPIED_NUMBERS", 10_000),
     ):
         return released_total(collective)

@@ -17,7 +17,7 @@ from dpldm_dist.privacy.blocks import converted_
 from dpldm_dist.privacy.gradients import patches
 from dpldm_dist.privacy.gradients.operands import Operands, Products, by_input, tokens_of
 
-_CONVERTED_NUMBERS = 2**20  # of a sum at a time
+_CONVERTED_NUMBERS = 2**17  # of a sum at a time
 _COPIED_TOKENS = (2**16, 1024)  # tokens that lie in float64 at a time: on a device, on a CPU
 
 
