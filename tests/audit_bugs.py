@@ -191,7 +191,7 @@ def layers_clipped_one_by_one() -> list[Any]:
                 mask_B,
                 clip_norm=self._clip_norm,
             )
-            self._add_to_sum([term], factor_B)
+            self._sum.add([term], factor_B)
 
     return [mock.patch.object(PerRecordGradients, "add", add)]
 

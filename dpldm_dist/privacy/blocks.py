@@ -1,4 +1,4 @@
-"""Blocks of the flat vector of trainable parameters: what digests and slices are made of.
+"""The flat vector of trainable parameters, and its blocks: what digests and slices are made of.
 
 Who owns which block depends on the number of workers; what is computed in a block does not.
 """
@@ -11,7 +11,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-_CONVERTED_NUMBERS = 2**17  # that are copied at a time
+COPIED = 1 << 17
+"""Coordinates that are copied at a time: so few that the copies do not count beside the vector."""
 BLOCK = 1 << 12
 """Coordinates of a block. Below the size at which torch would share a tensor among threads, so that
 the bits of an update do not depend on their number."""
@@ -52,8 +53,8 @@ def pieces_of(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
 def converted_(numbers_P: torch.Tensor, dtype: torch.dtype, *, scale: float = 1.0) -> torch.Tensor:
     """``scale`` times the numbers, of another type of the same size, in their own memory."""
     found_P = numbers_P.view(dtype)
-    for start in range(0, len(numbers_P), _CONVERTED_NUMBERS):
-        chunk = slice(start, start + _CONVERTED_NUMBERS)
+    for start in range(0, len(numbers_P), COPIED):
+        chunk = slice(start, start + COPIED)
         part = numbers_P[chunk].to(dtype)
         found_P[chunk] = part if scale == 1.0 else part.mul_(scale)
     return found_P

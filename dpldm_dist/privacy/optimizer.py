@@ -229,8 +229,8 @@ class DistributedDPOptimizer:
         self._scale = grid / clip_norm / divisor
 
     def step(self, sum_P: Tensor, step: int) -> NoisyStep:
-        """Release the sum of ``step``, int64 (P + extra,), and update. ``sum_P`` is used up: what
-        is returned lies in its memory."""
+        """Release the sum of ``step``, int64 (P + extra,), and update. ``sum_P`` is used up: the
+        mean lies in its memory."""
         self._require_length(len(sum_P))
         if self._sharded:
             noisy, bounds = self._release_slice(sum_P, step)

@@ -101,7 +101,7 @@ def integer_noise(key: bytes, start: int, stop: int, *, std: float) -> Tensor:
     Formal guarantees: coordinates are independent; no two coordinates, and no two keys, share a
     byte of keystream.
     """
-    noise_N = torch.empty(stop - start, dtype=torch.int64)
+    noise_N = torch.empty(stop - start, dtype=torch.int64, device="cpu")
     noise = noise_N.numpy()
 
     def draw(block: int) -> None:

@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 from dpldm_dist.errors import PrivacyError
+from dpldm_dist.privacy.blocks import COPIED
 
 MOST_OF_NOISE = 5.0  # standard errors of alignment that noise alone does not reach
-_PART = 2**17  # numbers that are copied at a time
 _MEMORY = 0.8  # d: how much a step counts among the steps before, from one step to the next
 
 
@@ -191,7 +191,7 @@ class RandomWalk:
 
 def _inner_product(one_Q: Tensor, other_Q: Tensor) -> Tensor:
     """In float64, of a part at a time."""
-    parts = zip(one_Q.split(_PART), other_Q.split(_PART), strict=True)
+    parts = zip(one_Q.split(COPIED), other_Q.split(COPIED), strict=True)
     return sum(
         (a.double() @ b.double() for a, b in parts), one_Q.new_zeros((), dtype=torch.float64)
     )

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_COPIED_NUMBERS = 2**22  # that lie in the buffers of an exchange at a time
+_COPIED_NUMBERS = 2**22  # that lie in one buffer of an exchange
 
 
 class SoloCollective:

@@ -457,6 +457,18 @@ def test_a_sum_is_exact_however_few_records_a_part_of_it_holds(way, most, monkey
     assert torch.equal(found_P(), wanted_P)
 
 
+def test_more_records_than_a_part_holds_are_verified_and_summed():
+    """Their gradients all point one way, so that one part would overflow."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False))
+    x = torch.full((8400, 1), 0.99)
+    found = engine(model, clip_norm=1.0)
+    found.verify(lambda: _losses(model(x[:, None])), everyone(8400))
+    found.add(lambda: _losses(model(x[:, None])), everyone(8400))
+    one = engine(model, clip_norm=1.0)
+    one.add(lambda: _losses(model(x[:1, None])), everyone(1))
+    assert found.take_sum().tolist() == (8400 * one.take_sum()).tolist()
+
+
 def test_a_microbatch_that_float64_cannot_add_up_is_refused(monkeypatch):
     go("PyTorch", monkeypatch)
     model = KINDS["linear"]()

@@ -104,13 +104,14 @@ def test_a_total_of_five_bytes_is_exact_up_to_its_bound(kernels):
     for _ in range(200):
         numbers_P = torch.randint(-(2**27), 2**27, (5000,))
         numbers_P += (exact_P.sign() + (exact_P == 0)) * 2**31 * (exact_P.abs() < 2**38)
-        total_P.add(numbers_P.double())
+        total_P.add(numbers_P)
         exact_P += numbers_P
         rows_BP = torch.randint(-(2**20), 2**20, (3, 5000))
         native.add_rows(rows_BP.float(), torch.ones(3, dtype=torch.float64), out_P=total_P)
         exact_P += rows_BP.sum(0)
         assert torch.equal(total_P.whole(), exact_P)
     assert int(exact_P.abs().max()) > 2**37
+    assert numbers_P.any()  # it was read, not used up
     for number in (native.Total.MOST - 1, 1 - native.Total.MOST):
         total_P = native.Total.zeros(1)
         total_P.add(torch.tensor([number]))
@@ -192,12 +193,14 @@ def test_numbers_below_the_normal_ones_count_though_the_process_flushes_them(ker
     assert weight_OD.item() == 1000.0
 
 
-@pytest.mark.parametrize("missing", ["processor", "file", "function"])
+@pytest.mark.parametrize("missing", ["processor", "file", "function", "version"])
 def test_without_kernels_nothing_is_served(missing, monkeypatch, tmp_path):
     if missing == "processor":
         monkeypatch.setattr(native, "_processor", lambda: "DEFAULT")
     elif missing == "file":
         monkeypatch.setattr(native, "_KERNELS", {native._processor(): "_records_elsewhere"})
+    elif missing == "version":  # kernels that an earlier source left behind
+        monkeypatch.setattr(native, "_LAYOUT", native._LAYOUT + 1)
     else:
         monkeypatch.setattr(ctypes, "CDLL", lambda path: object())
     native._library.cache_clear()

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from dpldm_dist.privacy.gradients.operands import (
     plain_arithmetic,
 )
 from dpldm_dist.privacy.gradients.sums import (
+    IntegerSum,
     MicrobatchSums,
     RecordSums,
     Scratch,
@@ -139,7 +141,7 @@ class PerRecordGradients:
             factor_B = clip_factors(
                 norms, mask_B & loss_B.isfinite(), clip_norm=self._clip_norm - self._lost(terms)
             )
-            self._add_to_sum(terms, factor_B)
+            self._sum.add(terms, factor_B)
             if self._telemetry is not None:
                 self._told += self._telemetry.encode(loss_B, factor_B).sum(0)
             if self._watch is not None:
@@ -149,8 +151,7 @@ class PerRecordGradients:
     def take_sum(self) -> Tensor:
         """The sum in units of ``grid``, int64 (P,), or (P + 3,) with telemetry; the next one starts
         from zero."""
-        self._settle()
-        taken_P = self._sum_P
+        taken_P = self._sum.take()
         if self._telemetry is not None:
             taken_P[-TELEMETRY_NUMBERS:] += self._told
         self._begin_sum()
@@ -175,9 +176,9 @@ class PerRecordGradients:
             finite_B = mask_B.to(self._device) & norms.square_B.isfinite() & upper_B.isfinite()
             largest = max(2.0**-40, float(upper_B[finite_B].max())) if finite_B.any() else 1.0
             unit = _unit_of_records(2.0 * largest, grid=0.0)
-            sums = self._sums(2.0 * largest, grid=unit, unit=unit)
-            sums.add(terms, finite_B.double())
-            ours_P = sums.whole()[: self._length].double() * unit
+            total = IntegerSum(partial(self._make_part, 2.0 * largest, grid=unit, unit=unit))
+            total.add(terms, finite_B.double())
+            ours_P = total.take()[: self._length].double() * unit
         with _same_dropout():
             theirs_P = self._autograd(losses, mask_B)
         floor = 1e-3 * tolerance * float(theirs_P.norm())
@@ -202,26 +203,13 @@ class PerRecordGradients:
             )
         return lost
 
-    def _sums(self, clip_norm: float, *, grid: float, unit: float) -> RecordSums | MicrobatchSums:
+    def _make_part(
+        self, clip_norm: float, *, grid: float, unit: float
+    ) -> RecordSums | MicrobatchSums:
         length = self._length + (0 if self._telemetry is None else TELEMETRY_NUMBERS)
         if native.serves(self._device):
             return RecordSums(length, grid=grid, unit=unit)
         return MicrobatchSums(length, grid=grid, clip_norm=clip_norm, scratch=self._scratch)
-
-    def _add_to_sum(self, terms: Sequence[Operands | Products], factor_B: Tensor) -> None:
-        """Add sum_b factor_b G_b, as many records at a time as a part of the sum can hold."""
-        most = self._open_part().most_records
-        for some_B, records in _divided(factor_B, most):
-            if self._part_records + records > most:
-                self._settle()
-            self._open_part().add(terms, some_B)
-            self._part_records += records
-
-    def _open_part(self) -> RecordSums | MicrobatchSums:
-        """Made after a backward pass: activations are gone then."""
-        if self._part is None:
-            self._part = self._sums(self._clip_norm, grid=self._grid, unit=self._unit)
-        return self._part
 
     def _differentiate(
         self, losses: Callable[[], Tensor], mask_B: Tensor
@@ -258,9 +246,9 @@ class PerRecordGradients:
         return weight_B.repeat_interleave(self._draws)
 
     def _begin_sum(self) -> None:
-        self._sum_P: Tensor | None = None
-        self._part: RecordSums | MicrobatchSums | None = None
-        self._records = self._part_records = 0
+        make = partial(self._make_part, self._clip_norm, grid=self._grid, unit=self._unit)
+        self._sum = IntegerSum(make)
+        self._records = 0
         self._told.zero_()
 
     def _refuse_overflow(self, records: int) -> None:
@@ -270,13 +258,6 @@ class PerRecordGradients:
             raise PrivacyError(
                 "The integer sum could overflow: take a coarser grid or fewer records."
             )
-
-    def _settle(self) -> None:
-        """Move the part into the int64 sum."""
-        whole_P = self._open_part().whole()
-        self._sum_P = whole_P if self._sum_P is None else self._sum_P.add_(whole_P)
-        self._part = None
-        self._part_records = 0
 
 
 def _check_numbers(*, clip_norm: float, draws: int, grid: float) -> None:
@@ -290,18 +271,6 @@ def _check_numbers(*, clip_norm: float, draws: int, grid: float) -> None:
         raise PrivacyError(
             f"clip_norm is {clip_norm / grid:.3g} grid units: expected at most 2^40."
         )
-
-
-def _divided(factor_B: Tensor, most: int) -> Iterator[tuple[Tensor, int]]:
-    """The factors of at most ``most`` records, all others 0; and the number of those records."""
-    records = len(factor_B)
-    if records <= most:
-        yield factor_B, records
-        return
-    for start in range(0, records, most):
-        some_B = torch.zeros_like(factor_B)
-        some_B[start : start + most] = factor_B[start : start + most]
-        yield some_B, min(most, records - start)
 
 
 def _unit_of_records(clip_norm: float, grid: float) -> float:

@@ -6,19 +6,71 @@ Shapes: those of ``privacy.gradients``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from dpldm_dist.errors import PrivacyError
 from dpldm_dist.privacy import native
-from dpldm_dist.privacy.blocks import converted_
+from dpldm_dist.privacy.blocks import COPIED, converted_
 from dpldm_dist.privacy.gradients import patches
 from dpldm_dist.privacy.gradients.operands import Operands, Products, by_input, tokens_of
 
-_CONVERTED_NUMBERS = 2**17  # of a sum at a time
 _COPIED_TOKENS = (2**16, 1024)  # tokens that lie in float64 at a time: on a device, on a CPU
+
+
+class IntegerSum:
+    """The sum of any number of records, made of parts that hold so many each.
+
+    Formal guarantees: exact, and the same whatever a part holds, where records are rounded one by
+    one; where a microbatch is rounded, it is rounded once or refused. 62 bits are enough for the
+    records that ``PerRecordGradients`` lets in.
+    """
+
+    def __init__(self, make_part: Callable[[], RecordSums | MicrobatchSums]):
+        self._make_part = make_part
+        self._part: RecordSums | MicrobatchSums | None = None
+        self._records = 0  # in the part
+        self._sum_P: Tensor | None = None
+
+    def add(self, terms: Sequence[Operands | Products], factor_B: Tensor) -> None:
+        """Add sum_b factor_b G_b. The first part is made here, after a backward pass: activations
+        are gone then."""
+        most = self._open_part().most_records
+        for some_B, records in _divided(factor_B, most):
+            if self._records + records > most:
+                self._settle()
+            self._open_part().add(terms, some_B)
+            self._records += records
+
+    def take(self) -> Tensor:
+        """The sum in units of the grid, int64; the next one starts from zero."""
+        self._settle()
+        taken_P, self._sum_P = self._sum_P, None
+        return taken_P
+
+    def _open_part(self) -> RecordSums | MicrobatchSums:
+        if self._part is None:
+            self._part = self._make_part()
+        return self._part
+
+    def _settle(self) -> None:
+        whole_P = self._open_part().whole()
+        self._sum_P = whole_P if self._sum_P is None else self._sum_P.add_(whole_P)
+        self._part, self._records = None, 0
+
+
+def _divided(factor_B: Tensor, most: int) -> Iterator[tuple[Tensor, int]]:
+    """The factors of at most ``most`` records, all others 0; and the number of those records."""
+    records = len(factor_B)
+    if records <= most:
+        yield factor_B, records
+        return
+    for start in range(0, records, most):
+        some_B = torch.zeros_like(factor_B)
+        some_B[start : start + most] = factor_B[start : start + most]
+        yield some_B, min(most, records - start)
 
 
 class RecordSums:
@@ -54,9 +106,9 @@ class RecordSums:
     def whole(self) -> Tensor:
         """The sum in units of the grid, int64 (P,)."""
         length = len(self._total_P.low)
-        whole_P = torch.empty(length, dtype=torch.int64)
-        for start in range(0, length, _CONVERTED_NUMBERS):
-            part = slice(start, start + _CONVERTED_NUMBERS)
+        whole_P = torch.empty(length, dtype=torch.int64, device="cpu")
+        for start in range(0, length, COPIED):
+            part = slice(start, start + COPIED)
             whole_P[part] = self._total_P.whole(part).mul_(self._multiple)
         return whole_P
 

@@ -97,11 +97,11 @@ class _Root(torch.autograd.Function):
 
 
 def keep(layer: Layer, seen: Tensor, grad: Tensor, *, draws: int) -> Operands | Products:
-    """What is kept of a layer: its per-record gradients, or the operands if those are smaller.
+    """What is kept of a layer: its per-record gradients, or what they are made of.
 
-    Smaller is mostly cheaper, too: both take T D O multiplications, then products are written and
-    read again, and a Gram form takes T^2 (D + O) / 2 more. Where that is dearer, products are kept
-    that take up to twice the memory.
+    What is smaller, which is mostly cheaper, too: both take T D O multiplications, then products
+    are written and read again, and a Gram form takes T^2 (D + O) / 2 more. Where that is dearer,
+    products are kept that take up to twice the memory.
     """
     if layer.kind in ("group_norm", "layer_norm"):
         return _norm_products(layer, seen, grad, draws=draws)

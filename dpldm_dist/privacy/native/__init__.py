@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 _KERNELS = {"AVX512": "_records_avx512", "AVX2": "_records_avx2"}
+_LAYOUT = 1  # of what is given to the kernels; as in records.c
 _HIGH, _WIDE = 3, 64  # outputs and inputs of a tile
 _TRANSPOSED = 2  # times less work must pay for results that are written across their rows
 LARGEST = 2.0**27
@@ -70,7 +71,7 @@ class Total:
 
     def add(self, numbers: Tensor) -> None:
         """Add whole numbers of any type."""
-        sum_P = numbers.to(torch.int64).add_(self.low)
+        sum_P = numbers.to(torch.int64) + self.low
         self.low.copy_(sum_P)  # the low 32 bits
         self.high.add_(sum_P.sub_(self.low).bitwise_right_shift_(32))
 
@@ -327,9 +328,10 @@ def _library() -> Any:
     try:
         library = ctypes.CDLL(str(next(file for file in files if file.exists())))
         _declare(library)
-    except (StopIteration, OSError, AttributeError):  # not made, or made for another system
+        layout = ctypes.c_int.in_dll(library, "dpldm_layout").value
+    except (StopIteration, OSError, AttributeError, ValueError):  # not made, or of another system
         return None
-    return library
+    return library if layout == _LAYOUT else None  # else made from another version's source
 
 
 def _declare(library: Any) -> None:

@@ -15,6 +15,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* To be raised, here and in __init__.py, when arguments or structures change: kernels that an earlier
+ * version left behind are not used then. */
+const int dpldm_layout = 1;
+
 /* A tile of a sum: HIGH outputs times WIDE inputs. Its float32 part of a record and its integers
  * of up to HELD records stay in registers. */
 #ifdef __AVX512F__
@@ -324,10 +328,10 @@ int dpldm_sum(const task *of, int64_t first, int64_t last) {
                             tile_of_few(of, a, count, x, g + o, g_row, sum);
                         else
                             tile_of_many(of, a, count, x, g + o, g_row, sum);
-                        int64_t place = a * of->out_place + d * of->out_column;
+                        int64_t corner = a * of->out_place + d * of->out_column;
                         for (int64_t i = 0; i < HIGH && o + i < high; i++)
                             add_whole(sum + i * WIDE, wide, of->out_column,
-                                      total_at(of->out, place + (slice + o + i) * of->out_row));
+                                      total_at(of->out, corner + (slice + o + i) * of->out_row));
                     }
                 }
             }
