@@ -8,6 +8,7 @@ from diffusers import UNet2DConditionModel
 
 from dpldm_dist.config import load_config
 from dpldm_dist.errors import ConfigError
+from dpldm_dist.models import unet as unet_module
 from dpldm_dist.models.trainable import transformer_blocks
 from dpldm_dist.models.unet import build_unet, spare_idle_attention
 
@@ -55,6 +56,30 @@ def test_more_levels_of_attention_than_there_are_levels_are_refused(levels):
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_spared_attention_computes_what_diffusers_computes(tokens):
+    check_spared_attention(tokens)
+
+
+BUGS = {
+    "value alone": (1, lambda attn, context: attn.to_v(context)),
+    "key for value": (1, lambda attn, context: attn.to_out[0](attn.to_k(context))),
+    "no gradient": (1, lambda attn, context: attn.to_out[0](attn.to_v(context)).detach()),
+    "first of three tokens": (3, lambda attn, context: attn.to_out[0](attn.to_v(context[:, :1]))),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_of_spared_attention_is_caught(bug, monkeypatch):
+    tokens, answer = BUGS[bug]
+
+    def planted(processor, attn, hidden_states, encoder_hidden_states=None, *rest, **more):
+        return answer(attn, encoder_hidden_states)
+
+    monkeypatch.setattr(unet_module._CrossAttention, "__call__", planted)
+    with pytest.raises(AssertionError):
+        check_spared_attention(tokens)
+
+
+def check_spared_attention(tokens: int) -> None:
     """Same answers and, for what can learn, same gradients; with several tokens the same bits."""
     stock, spared = unet_of(None), unet_of(None)
     spare_idle_attention(spared)

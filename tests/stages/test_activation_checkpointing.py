@@ -13,6 +13,7 @@ from benchmarks.methods import METHODS
 from dpldm_dist.config import Config, RunConfig
 from dpldm_dist.errors import ConfigError
 from dpldm_dist.models.autoencoder import build_autoencoder
+from dpldm_dist.models.trainable import transformer_blocks
 from dpldm_dist.runtime.strategy import checkpoint_activations
 from tests.stages.tiny_run import TEST_KEY, released_weights, run_alone, settings
 
@@ -28,6 +29,31 @@ def test_a_private_run_releases_the_same_bits(root):
     run_alone(private(root, "again", activation_checkpointing=True))
     kept, again = released_weights(root, "kept"), released_weights(root, "again")
     assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+def test_a_planted_second_computation_that_differs_is_caught():
+    """As of dropout that is drawn anew: the engine's sum must show it."""
+    wanted_P = clipped_sum(again=False)
+    assert torch.equal(clipped_sum(again=True), wanted_P)
+    assert not torch.equal(clipped_sum(again=True, drift=1e-3), wanted_P)
+
+
+def clipped_sum(*, again: bool, drift: float = 0.0) -> torch.Tensor:
+    """``drift`` is what a layer of one block reads more in every pass than in the one before."""
+    cell = own_copy(make_cell("tiny", "transformer", draws=1, rows=4))
+    checkpoint_activations(cell.denoiser, run=RunConfig(activation_checkpointing=again))
+    passes: list[int] = []
+
+    def moved(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        passes.append(1)
+        return (inputs[0] + drift * len(passes), *inputs[1:])
+
+    block = cell.denoiser.unet.get_submodule(transformer_blocks(cell.denoiser.unet)[-1])
+    block.transformer_blocks[0].attn1.to_q.register_forward_pre_hook(moved)
+    step = METHODS["ours"](cell, 1.0)
+    step.run()
+    assert len(passes) == (2 if again else 1)
+    return step.result()
 
 
 def most_bytes(*, again: bool) -> int:
