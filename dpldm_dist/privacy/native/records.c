@@ -72,10 +72,15 @@ static float *zeros(int64_t count) {
     return made;
 }
 
+/* Of two vectors side by side: which numbers a shuffle takes. */
 #ifdef __AVX512F__
+static const index_v EVEN = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+static const index_v ODD = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
 static const index_v LOWER = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
 static const index_v UPPER = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 #else
+static const index_v EVEN = {0, 2, 4, 6, 8, 10, 12, 14};
+static const index_v ODD = {1, 3, 5, 7, 9, 11, 13, 15};
 static const index_v LOWER = {0, 8, 1, 9, 2, 10, 3, 11};
 static const index_v UPPER = {4, 12, 5, 13, 6, 14, 7, 15};
 #endif
@@ -464,14 +469,6 @@ int64_t dpldm_sum_roundings(int64_t pairs) {
 }
 
 /* --- norms from inner products ------------------------------------------------------------------ */
-
-#ifdef __AVX512F__
-static const index_v EVEN = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-static const index_v ODD = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
-#else
-static const index_v EVEN = {0, 2, 4, 6, 8, 10, 12, 14};
-static const index_v ODD = {1, 3, 5, 7, 9, 11, 13, 15};
-#endif
 
 static inline single_v neighbours(single_v a, single_v b) {
     return __builtin_shuffle(a, b, EVEN) + __builtin_shuffle(a, b, ODD);
